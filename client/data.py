@@ -1,0 +1,311 @@
+"""A site's cohort: the only place that reads images.
+
+A cohort is a CSV manifest and the files that it names, relative to it. One row is one image:
+
+=================  ============================================================================
+column             meaning
+=================  ============================================================================
+``image``          NIfTI, PNG, DICOM (one 2-D image) or ``.npy``
+``patient_id``     whose image it is: the unit of privacy and of splitting
+``split``          ``train`` or ``test``; all images of a patient are in one split
+``label``          segmentation: label map of the image's size, 0 = background, i + 1 = class i
+one per target     classification: class index
+=================  ============================================================================
+
+Other columns are ignored. A manifest that breaks a rule is refused as a whole, with the row and what to
+change; nothing trains on the rest of it.
+
+Legend: C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medfed.errors import DataError
+from medfed.models.pixels import PixelSpec
+from medfed.study import ClassificationConfig, SegmentationConfig
+from medfed.tasks.segmentation import annotate
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a cohort.
+
+    Attributes:
+        patient_id: never leaves the site, never logged.
+        site_id: the site that holds it.
+        image_CHW: preprocessed float32 image; one channel stands for three equal ones.
+        annotation: what the task's ``collate`` takes.
+        image_digest: SHA-256 of the image file.
+    """
+
+    patient_id: str
+    site_id: str
+    image_CHW: Tensor
+    annotation: Any
+    image_digest: str
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The data of one site for one study.
+
+    Attributes:
+        site_id: the site.
+        train: images for training, in manifest order.
+        test: held-out images of other patients.
+    """
+
+    site_id: str
+    train: tuple[Item, ...]
+    test: tuple[Item, ...]
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """All images: training, then held-out."""
+        return self.train + self.test
+
+
+def load_cohort(
+    site_id: str,
+    manifests: Sequence[Path],
+    task: SegmentationConfig | ClassificationConfig,
+    pixels: PixelSpec,
+) -> Cohort:
+    """Read and check a cohort.
+
+    Args:
+        site_id: the site that holds it.
+        manifests: usually one; the pooled upper bound of a simulation has one per site.
+        task: what the labels must fit.
+        pixels: preprocessing.
+
+    Raises:
+        DataError: one line with the manifest, the row and what to change.
+    """
+    rows = [row for manifest in manifests for row in _read_manifest(manifest, task)]
+    _refuse_patients_in_two_splits(rows)
+    items = {split: tuple(_read_item(row, site_id, task, pixels) for row in rows if row.split == split)
+             for split in ("train", "test")}  # fmt: skip
+    for split, members in items.items():
+        if not members:
+            raise DataError(
+                f"{manifests[0]}: expected at least one image with split = {split!r}, got none; "
+                "the site is empty or its patients are not split."
+            )
+    return Cohort(site_id=site_id, train=items["train"], test=items["test"])
+
+
+def refuse_shared_patients(cohorts: Mapping[str, Cohort]) -> None:
+    """Refuse sites that share a patient; possible where one process sees all of them, as in a simulation.
+
+    Raises:
+        DataError: names the sites.
+    """
+    owner: dict[str, str] = {}
+    for site, cohort in cohorts.items():
+        for item in cohort.items:
+            if owner.setdefault(item.patient_id, site) != site:
+                raise DataError(
+                    f"Expected each patient at one site, got patient {item.patient_id!r} at {owner[item.patient_id]!r} "
+                    f"and {site!r}; give patients ids that are unique over sites, or keep them at one."
+                )
+
+
+@dataclass(frozen=True)
+class _Row:
+    where: str
+    image: Path
+    patient_id: str
+    split: Split
+    label: Path | None
+    targets: dict[str, int]
+
+
+def _read_manifest(manifest: Path, task: SegmentationConfig | ClassificationConfig) -> list[_Row]:
+    wanted = ["image", "patient_id", "split"]
+    wanted += ["label"] if isinstance(task, SegmentationConfig) else list(task.targets)
+    try:
+        with manifest.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if missing := [column for column in wanted if column not in (reader.fieldnames or [])]:
+                raise DataError(f"{manifest}: expected a column {missing[0]!r}, got none; add it.")
+            rows = [
+                _read_row(row, f"{manifest}, row {number}", manifest.parent, task)
+                for number, row in enumerate(reader, start=2)
+            ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"Expected a readable CSV manifest at {manifest}, got: {error}.") from None
+    if not rows:
+        raise DataError(
+            f"{manifest}: expected at least one image, got an empty manifest; add rows or drop the site."
+        )
+    return rows
+
+
+def _read_row(
+    row: Mapping[str, str | None],
+    where: str,
+    folder: Path,
+    task: SegmentationConfig | ClassificationConfig,
+) -> _Row:
+    def cell(column: str) -> str:
+        value = (row.get(column) or "").strip()
+        if not value:
+            raise DataError(f"{where}: expected a value in {column!r}, got nothing; every image needs one.")
+        return value
+
+    def file(column: str) -> Path:
+        path = folder / cell(column)
+        if not path.is_file():
+            raise DataError(f"{where}: expected a file at {path} ({column}), got nothing; correct the path.")
+        return path
+
+    split = cell("split")
+    if split not in ("train", "test"):
+        raise DataError(f"{where}: expected split 'train' or 'test', got {split!r}.")
+    targets = {}
+    if isinstance(task, ClassificationConfig):
+        targets = {
+            name: _class_index(cell(name), name, len(classes), where)
+            for name, classes in task.targets.items()
+        }
+    return _Row(
+        where=where,
+        image=file("image"),
+        patient_id=cell("patient_id"),
+        split="train" if split == "train" else "test",
+        label=file("label") if isinstance(task, SegmentationConfig) else None,
+        targets=targets,
+    )
+
+
+def _class_index(value: str, target: str, num_classes: int, where: str) -> int:
+    if not value.isdecimal() or int(value) >= num_classes:
+        raise DataError(
+            f"{where}: expected {target!r} in 0..{num_classes - 1}, got {value!r}; correct the class index."
+        )
+    return int(value)
+
+
+def _refuse_patients_in_two_splits(rows: Sequence[_Row]) -> None:
+    seen: dict[str, Split] = {}
+    for row in rows:
+        if seen.setdefault(row.patient_id, row.split) != row.split:
+            raise DataError(
+                f"{row.where}: expected all images of a patient in one split, got patient {row.patient_id!r} "
+                "in train and test; move the patient to one of them."
+            )
+
+
+def _read_item(
+    row: _Row, site_id: str, task: SegmentationConfig | ClassificationConfig, pixels: PixelSpec
+) -> Item:
+    image_CHW = preprocess(_read_array(row.image, row.where), pixels, where=f"{row.where}: {row.image}")
+    annotation: Any = row.targets
+    if isinstance(task, SegmentationConfig):
+        assert row.label is not None
+        label_HW = _read_label(row.label, row.where, len(task.classes), pixels)
+        if label_HW.shape != image_CHW.shape[1:]:
+            raise DataError(
+                f"{row.where}: expected a label map of the image's size {list(image_CHW.shape[1:])}, "
+                f"got {list(label_HW.shape)}; resample the label map onto the image."
+            )
+        annotation = annotate(label_HW, len(task.classes))
+    return Item(
+        patient_id=row.patient_id,
+        site_id=site_id,
+        image_CHW=image_CHW,
+        annotation=annotation,
+        image_digest=hashlib.sha256(row.image.read_bytes()).hexdigest(),
+    )
+
+
+def _read_array(path: Path, where: str) -> np.ndarray:
+    """The file's array as float32, without singleton axes."""
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, allow_pickle=False)
+        else:
+            array = np.asarray(_image_loader()(str(path)))
+    except Exception as error:  # readers of four formats raise whatever they like; the answer is the same
+        raise DataError(
+            f"{where}: expected a readable image at {path}, got {type(error).__name__}: {error}."
+        ) from None
+    return np.asarray(array, dtype=np.float32).squeeze()
+
+
+@lru_cache(maxsize=1)
+def _image_loader() -> Any:
+    from monai.transforms import LoadImage
+
+    return LoadImage(image_only=True)
+
+
+def preprocess(array: np.ndarray, pixels: PixelSpec, *, where: str) -> Tensor:
+    """The image a backbone expects, shape (C, H, W), float32; ``raw`` pixels keep any shape.
+
+    Raises:
+        DataError: if a voxel is NaN or infinite, or the image is not 2-D (optionally with channels first).
+    """
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).sum())
+        raise DataError(f"{where}: expected finite voxels, got {bad} NaN or infinite ones; repair the image.")
+    if pixels.intensity == "raw":
+        return torch.from_numpy(array)
+    if array.ndim == 3 and array.shape[0] not in (1, 3) and array.shape[-1] in (3, 4):
+        array = np.moveaxis(array[..., :3], -1, 0)
+    if array.ndim == 2:
+        array = array[None]
+    if array.ndim != 3 or array.shape[0] not in (1, 3):
+        raise DataError(
+            f"{where}: expected a 2-D image, got shape {list(array.shape)}; export slices as 2-D files."
+        )
+    scaled_CHW = _intensity_transform(pixels)(array)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (pixels.mean, pixels.std))
+    image_CHW = torch.as_tensor(np.asarray(scaled_CHW), dtype=torch.float32)
+    if pixels.mean == (0.0, 0.0, 0.0) and pixels.std == (1.0, 1.0, 1.0):
+        return image_CHW
+    return (image_CHW - mean) / std
+
+
+@lru_cache(maxsize=4)
+def _intensity_transform(pixels: PixelSpec) -> Any:
+    from monai.transforms import Compose, Resize, ScaleIntensityRangePercentiles
+
+    steps: list[Any] = [ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True)]
+    if pixels.image_size is not None:
+        steps.append(Resize((pixels.image_size, pixels.image_size), mode="bilinear", anti_aliasing=True))
+    return Compose(steps)
+
+
+def _read_label(path: Path, where: str, num_classes: int, pixels: PixelSpec) -> np.ndarray:
+    label_HW = _read_array(path, where)
+    values = np.unique(label_HW)
+    if not np.isin(values, np.arange(num_classes + 1)).all():
+        outside = next(value for value in values if value not in range(num_classes + 1))
+        raise DataError(
+            f"{where}: expected labels 0..{num_classes} in {path}, got {outside:g}; "
+            "0 is background and i + 1 is the i-th of task.classes."
+        )
+    if label_HW.ndim != 2:
+        raise DataError(f"{where}: expected a 2-D label map at {path}, got shape {list(label_HW.shape)}.")
+    if pixels.image_size is not None and label_HW.shape != (pixels.image_size, pixels.image_size):
+        from monai.transforms import Resize
+
+        resized = Resize((pixels.image_size, pixels.image_size), mode="nearest-exact")(label_HW[None])
+        label_HW = np.asarray(resized)[0]
+    return label_HW.astype(np.int16)

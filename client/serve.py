@@ -1,0 +1,117 @@
+"""What a site does when it is asked: describe itself, train, evaluate.
+
+Each function takes an instruction that has been parsed and gives a reply that may travel. They know nothing
+of Flower; :mod:`client.app` connects them to it.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch
+
+from client.site import Site
+from client.trainer import evaluate, train_locally
+from medfed.canonical import derive_seed
+from medfed.errors import AdapterMismatchError, StudyError
+from medfed.messages import Fields, RoundInstruction, RoundReply, bytes_field
+from medfed.models.adapted import AdaptedModel, adapted_model
+from medfed.payload import decode_adapter, encode_adapter
+from medfed.study import StudyConfig, parse_study
+from medfed.tasks import task_of
+from strategies.registry import strategy_of
+
+_log = logging.getLogger("medfed.client.serve")
+
+
+def describe(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
+    """Check that this site can serve the study: backbone, manifest, cohort; encode its images once.
+
+    Replies with the number of training images, which weighs its updates, and no payload.
+    """
+    study, model = _study_and_model(instruction, fields, site)
+    cohort = site.cohort(study, model.pixels)
+    if study.training.augmentation == "none":
+        for item in cohort.train:
+            site.features.features_of(item, model)
+    for item in cohort.test:
+        site.features.features_of(item, model)
+    return _reply(instruction, site, num_examples=len(cohort.train)).to_fields()
+
+
+def train(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
+    """Train the global adapter on the site's own images; reply with the phase's statistics."""
+    study, model = _study_and_model(instruction, fields, site)
+    cohort = site.cohort(study, model.pixels)
+    manifest = study.resolved_manifest
+    phase = strategy_of(study.strategy).plan(instruction.round)
+    start_P = decode_adapter(bytes_field(fields, "adapter"), manifest)
+    seed = derive_seed(study.seed, "train", instruction.scope, site.name, instruction.round)
+    result = train_locally(
+        model,
+        task_of(study.task),
+        cohort.train,
+        study.training,
+        start_P=start_P,
+        trainable=phase.trainable,
+        features=site.features,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    upload = phase.upload(manifest.unflatten(start_P), manifest.unflatten(result.adapter_P))
+    upload_manifest = phase.upload_manifest(manifest)
+    payload = encode_adapter(upload_manifest.flatten(upload), upload_manifest)
+    _log.info("event=trained round=%d payload_bytes=%d", instruction.round, len(payload))
+    reply = _reply(instruction, site, num_examples=len(cohort.train), metrics={"loss": result.loss})
+    return reply.to_fields(adapter=payload)
+
+
+def test(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
+    """Evaluate an adapter on the site's held-out patients; reply with metrics."""
+    study, model = _study_and_model(instruction, fields, site)
+    cohort = site.cohort(study, model.pixels)
+    metrics = evaluate(
+        model,
+        task_of(study.task),
+        cohort.test,
+        adapter_P=decode_adapter(bytes_field(fields, "adapter"), study.resolved_manifest),
+        features=site.features,
+        batch_size=study.training.batch_size,
+    )
+    return _reply(instruction, site, num_examples=len(cohort.test), metrics=metrics).to_fields()
+
+
+def _study_and_model(
+    instruction: RoundInstruction, fields: Fields, site: Site
+) -> tuple[StudyConfig, AdaptedModel]:
+    """The study that travels along, if its digest and manifest are right, and the model it adapts."""
+    study = _known_study(bytes_field(fields, "study"), instruction.study_digest)
+    if site.name not in (*study.site_names, "pooled"):
+        raise StudyError(
+            f"Expected a study with site {site.name!r}, got sites {', '.join(study.site_names)}."
+        )
+    model = adapted_model(study, site.device)
+    if model.manifest.fingerprint != study.resolved_manifest.fingerprint:
+        raise AdapterMismatchError(
+            f"Expected the manifest {model.manifest.fingerprint.hex()[:16]} of this site's own backbone, "
+            f"got a study with {study.resolved_manifest.fingerprint.hex()[:16]}; it would send other tensors."
+        )
+    return study, model
+
+
+@lru_cache(maxsize=4)
+def _known_study(canonical: bytes, digest: str) -> StudyConfig:
+    return parse_study(canonical, digest=digest)
+
+
+def _reply(
+    instruction: RoundInstruction, site: Site, *, num_examples: int, metrics: dict[str, float] | None = None
+) -> RoundReply:
+    return RoundReply(
+        site=site.name,
+        study_digest=instruction.study_digest,
+        round=instruction.round,
+        attempt=instruction.attempt,
+        num_examples=num_examples,
+        metrics=metrics or {},
+    )

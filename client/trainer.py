@@ -1,0 +1,156 @@
+"""Local training: a few epochs of a site's own images, starting from the global adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from client.data import Item
+from client.features import FeatureCache, as_three_channels
+from medfed.device import mixed_precision
+from medfed.errors import AdapterMismatchError
+from medfed.models.adapted import AdaptedModel
+from medfed.study import TrainingConfig
+from medfed.tasks import Task
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What local training made.
+
+    Attributes:
+        adapter_P: the local adapter, float32 on the CPU.
+        loss: mean training loss over the last epoch; not released under differential privacy.
+    """
+
+    adapter_P: Tensor
+    loss: float
+
+
+def train_locally(
+    model: AdaptedModel,
+    task: Task,
+    items: Sequence[Item],
+    config: TrainingConfig,
+    *,
+    start_P: Tensor,
+    trainable: Callable[[str], bool],
+    features: FeatureCache,
+    generator: torch.Generator,
+) -> TrainResult:
+    """Train the adapter on ``items``, starting from ``start_P``.
+
+    The result is fixed by the arguments: data order and augmentation come from ``generator`` alone, the
+    optimiser starts afresh. Tensors that ``trainable`` rejects stay as in ``start_P``, bit for bit.
+
+    Raises:
+        AdapterMismatchError: if ``start_P`` does not fit, or training diverged to NaN or infinity.
+    """
+    model.load(start_P)
+    model.train()
+    held_P = _held(model, trainable)
+    optimizer = _optimizer(model.flat, config)
+    gradient_P = model.flat.grad
+    assert gradient_P is not None
+    loss_sum = 0.0
+    for _ in range(config.local_epochs):
+        loss_sum = 0.0
+        for indices in _batches(len(items), config, generator):
+            batch = [items[i] for i in indices]
+            gradient_P.zero_()
+            inputs = _inputs(batch, model, config, features, generator)
+            with mixed_precision(model.device):
+                losses_B = task.losses(
+                    model, inputs, task.collate([i.annotation for i in batch], model.device)
+                )
+            losses_B.mean().backward()  # type: ignore[no-untyped-call]
+            if held_P is not None:
+                gradient_P[held_P] = 0.0
+            optimizer.step()
+            if held_P is not None:
+                with torch.no_grad():
+                    model.flat[held_P] = start_P.to(model.device)[held_P]
+            loss_sum += float(losses_B.detach().sum())
+    adapter_P = model.read()
+    model.manifest.check_vector(adapter_P)
+    return TrainResult(adapter_P=adapter_P, loss=loss_sum / len(items))
+
+
+def evaluate(
+    model: AdaptedModel,
+    task: Task,
+    items: Sequence[Item],
+    *,
+    adapter_P: Tensor,
+    features: FeatureCache,
+    batch_size: int,
+) -> dict[str, float]:
+    """Metrics of an adapter on ``items``, without augmentation.
+
+    Raises:
+        AdapterMismatchError: if ``adapter_P`` does not fit.
+    """
+    model.load(adapter_P)
+    model.train(False)
+    batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    with mixed_precision(model.device):
+        return task.evaluate(
+            model,
+            (
+                (
+                    torch.stack([features.features_of(item, model) for item in batch]),
+                    task.collate([item.annotation for item in batch], model.device),
+                )
+                for batch in batches
+            ),
+        )
+
+
+def _optimizer(flat: torch.nn.Parameter, config: TrainingConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD([flat], lr=config.learning_rate)
+    return torch.optim.AdamW([flat], lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _batches(num_items: int, config: TrainingConfig, generator: torch.Generator) -> list[list[int]]:
+    if config.order == "sequential":
+        order = list(range(num_items))
+    else:
+        order = torch.randperm(num_items, generator=generator).tolist()
+    return [order[start : start + config.batch_size] for start in range(0, num_items, config.batch_size)]
+
+
+def _inputs(
+    batch: Sequence[Item],
+    model: AdaptedModel,
+    config: TrainingConfig,
+    features: FeatureCache,
+    generator: torch.Generator,
+) -> Tensor:
+    if config.augmentation == "none":
+        return torch.stack([features.features_of(item, model) for item in batch])
+    images = [augment_intensity(as_three_channels(item.image_CHW), generator) for item in batch]
+    return model.encode(torch.stack(images).to(model.device))
+
+
+def augment_intensity(image_CHW: Tensor, generator: torch.Generator) -> Tensor:
+    """Random scale (0.9..1.1), shift (-0.1..0.1) and white noise (std 0.02) of an image's intensities.
+
+    Geometry is untouched, so boxes and masks stay valid.
+    """
+    scale, shift = torch.rand(2, generator=generator).tolist()
+    noise_CHW = torch.randn(image_CHW.shape, generator=generator)
+    augmented_CHW: Tensor = image_CHW * (0.9 + 0.2 * scale) + 0.2 * (shift - 0.5) + 0.02 * noise_CHW
+    return augmented_CHW
+
+
+def _held(model: AdaptedModel, trainable: Callable[[str], bool]) -> Tensor | None:
+    """Mask of the elements that must not move, or None if all may."""
+    pieces = [torch.full((s.num_elements,), not trainable(s.name)) for s in model.manifest.tensors]
+    held_P = torch.cat(pieces)
+    if bool(held_P.all()):
+        raise AdapterMismatchError("Expected at least one trainable tensor in the phase, got none.")
+    return held_P.to(model.device) if bool(held_P.any()) else None

@@ -1,0 +1,71 @@
+"""The command line: composes what the roles register under the entry-point group ``medfed.commands``.
+
+A command's module is loaded when it is needed and imports what is heavy when it runs, so ``--help`` is
+instant. A :class:`~medfed.errors.MedfedError` ends a command with one line and its exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import click
+import typer
+
+from medfed import __version__
+from medfed.errors import MedfedError
+
+_ORDER = ("simulate", "study", "report")
+"""The order of commands in the help; others follow by name."""
+
+
+class _Commands(click.Group):
+    """A group whose commands are entry points."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._entries: dict[str, EntryPoint] = {e.name: e for e in entry_points(group="medfed.commands")}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        known = [name for name in _ORDER if name in self._entries]
+        return known + sorted(set(self._entries) - set(known))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._entries:
+            return None
+        command: click.Command = typer.main.get_command(self._entries[cmd_name].load())
+        command.name = cmd_name
+        return command
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Adapt medical-imaging foundation models across hospitals that may not share images.",
+)
+@click.version_option(__version__, prog_name="medfed")
+def root() -> None:
+    """The ``medfed`` command."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; the process ends with the exit code of what happened.
+
+    Exit codes: 0 done; 2 wrong usage or wrong study; 130 stopped by the user; others as in
+    :mod:`medfed.errors`.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        root.main(args=arguments, prog_name="medfed", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except MedfedError as error:
+        if "--json" in arguments:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))  # noqa: T201
+        print(f"medfed: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)

@@ -1,0 +1,105 @@
+"""Every error a user of medfed can meet, as one tree.
+
+::
+
+    MedfedError                     exit 1   anything below
+    +-- StudyError                  exit 2   the study file, or what it points to, is wrong
+    +-- DataError                   exit 3   a cohort breaks the rules it must keep
+    +-- WeightsError                exit 4   backbone weights are missing or not the ones the study names
+    +-- MissingExtraError           exit 5   an optional extra is not installed
+    +-- AdapterMismatchError        exit 6   a tensor that the manifest does not name, or names otherwise
+    |   +-- PayloadError            exit 6   bytes that are not an adapter payload
+    +-- MessageError                exit 7   a round message that cannot be read
+    +-- RoundError                  exit 8   a round that cannot be completed (quorum, deadline)
+    +-- CheckpointError             exit 9   a run folder that cannot be continued
+    +-- DeviceError                 exit 10  a device that was asked for and is not there
+
+A message says what was expected, what was got and what to do. It is shown to the person in front of the
+process that raised it and is never sent over the network: it may name files. What travels is the name of
+the class and its :attr:`MedfedError.public` sentence, which names nothing.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MedfedError(Exception):
+    """Base of all errors that are a user's or a peer's to mend; shown as one line, without a traceback.
+
+    Attributes:
+        exit_code: process exit status of the command line when this error ends it.
+        public: what may be told to the other side of the network: the kind of error, no names.
+    """
+
+    exit_code: ClassVar[int] = 1
+    public: ClassVar[str] = "the site met an error; its own log says more"
+
+
+class StudyError(MedfedError):
+    """The study file has a wrong key, value, path or digest."""
+
+    exit_code = 2
+    public = "the study could not be read or is not the expected one"
+
+
+class DataError(MedfedError):
+    """A cohort is empty, has an image without patient, a label outside the classes, a NaN voxel, and so on."""
+
+    exit_code = 3
+    public = "the site's cohort failed validation; its own log says where"
+
+
+class WeightsError(MedfedError):
+    """Backbone weights are missing, incomplete, or do not have the digest that the study names."""
+
+    exit_code = 4
+    public = "the site does not hold the backbone weights that the study names"
+
+
+class MissingExtraError(MedfedError):
+    """An optional part of medfed is needed and not installed."""
+
+    exit_code = 5
+    public = "an optional package is missing"
+
+
+class AdapterMismatchError(MedfedError):
+    """A tensor with a name, shape, dtype or value that the adapter manifest does not allow."""
+
+    exit_code = 6
+    public = "an adapter does not match the manifest"
+
+
+class PayloadError(AdapterMismatchError):
+    """Bytes that are not an adapter payload of a known version, or that were damaged on the way."""
+
+    public = "an adapter payload could not be decoded"
+
+
+class MessageError(MedfedError):
+    """A round message with a missing, unknown or ill-typed field."""
+
+    exit_code = 7
+    public = "a message could not be read"
+
+
+class RoundError(MedfedError):
+    """A round that did not reach its quorum before its deadline."""
+
+    exit_code = 8
+    public = "the round did not reach its quorum"
+
+
+class CheckpointError(MedfedError):
+    """A run folder whose checkpoint is missing, damaged, or belongs to another study."""
+
+    exit_code = 9
+    public = "the run cannot be continued"
+
+
+class DeviceError(MedfedError):
+    """A compute device that the site asked for and does not have."""
+
+    exit_code = 10
+    public = "the site's compute device is not available"

@@ -1,0 +1,123 @@
+"""What server and site say to each other: one header and at most one adapter payload.
+
+These are typed views; Flower carries them as one ``ConfigRecord`` of scalars. A header is JSON of a pydantic
+model that refuses unknown fields, so a field that nobody agreed on cannot ride along.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medfed.errors import MedfedError, MessageError
+from medfed.study import Name
+
+RECORD_KEY = "medfed"
+"""The only record in a message of ours."""
+
+Fields = dict[str, str | bytes]
+"""What a message is on the wire: ``header`` (JSON) and byte fields."""
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, fields: Fields) -> Self:
+        """Read the header of a message.
+
+        Raises:
+            MessageError: if it is missing or not exactly this header.
+        """
+        header = fields.get("header")
+        if not isinstance(header, str):
+            raise MessageError(f"Expected a text header for {cls.__name__}, got {type(header).__name__}.")
+        try:
+            return cls.model_validate_json(header)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise MessageError(
+                f"Expected a valid {cls.__name__}, got {where or 'header'}: {first['msg']}."
+            ) from None
+
+
+class RoundInstruction(_Header):
+    """What a site is asked to do.
+
+    Attributes:
+        study_digest: digest of the study bytes that travel along; a site trains only for a study it knows.
+        round: 1-based; 0 stands for the state before the first round.
+        attempt: 1-based; the same (study, round, attempt) gets the same reply.
+        scope: name of the federation inside a simulation (``federated``, ``pooled``, ``local-<site>``), part
+            of what seeds the data order.
+    """
+
+    study_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    round: Annotated[int, Field(ge=0)]
+    attempt: Annotated[int, Field(ge=1)] = 1
+    scope: Name = "federated"
+
+    def to_fields(self, *, study: bytes, adapter: bytes) -> Fields:
+        """The message: header, canonical study bytes, adapter payload (may be empty)."""
+        return {"header": self.model_dump_json(), "study": study, "adapter": adapter}
+
+
+class Refusal(_Header):
+    """Why a site did not do what it was asked.
+
+    Attributes:
+        kind: class name of the error.
+        reason: its public sentence, which names no file and no patient.
+    """
+
+    kind: str
+    reason: str
+
+    @classmethod
+    def of(cls, error: MedfedError) -> Refusal:
+        """The refusal that may travel for ``error``."""
+        return cls(kind=type(error).__name__, reason=error.public)
+
+
+class RoundReply(_Header):
+    """What a site answers.
+
+    Attributes:
+        site: name of the site.
+        study_digest: of the study it worked for.
+        round: as asked.
+        attempt: as asked.
+        num_examples: images used for training or evaluation.
+        metrics: finite numbers only; what cannot be computed is left out.
+        refusal: set when nothing was done; then there is no payload.
+    """
+
+    site: Name
+    study_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    round: Annotated[int, Field(ge=0)]
+    attempt: Annotated[int, Field(ge=1)]
+    num_examples: Annotated[int, Field(ge=0)] = 0
+    metrics: dict[str, float] = {}
+    refusal: Refusal | None = None
+
+    def to_fields(self, *, adapter: bytes = b"") -> Fields:
+        """The message: header and adapter payload (may be empty)."""
+        return {"header": self.model_dump_json(), "adapter": adapter}
+
+
+def bytes_field(fields: Fields, name: str) -> bytes:
+    """A byte field of a message.
+
+    Raises:
+        MessageError: if it is missing or not bytes.
+    """
+    value = fields.get(name)
+    if not isinstance(value, bytes):
+        raise MessageError(f"Expected field {name!r} as bytes, got {type(value).__name__}.")
+    return value
+
+
+Action = Literal["describe", "train", "evaluate"]
+"""``describe``: who are you and is your cohort in order; then ``train`` and ``evaluate``."""

@@ -1,0 +1,209 @@
+"""A backbone with its adapter attached, and the adapter as one flat vector.
+
+The trainable parameters are views into one flat buffer in manifest order. Putting an adapter in, taking one
+out and taking an optimiser step are each a single operation on that buffer, whatever the number of tensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medfed.adapter_manifest import AdapterManifest
+from medfed.canonical import canonical_bytes, derive_seed, sha256_hex
+from medfed.errors import StudyError
+from medfed.models.pixels import PixelSpec
+from medfed.models.registry import Backbone, backbone_of
+from medfed.models.staged import count_frozen_stages
+from medfed.study import StudyConfig
+
+
+class AdaptedModel:
+    """A frozen backbone and the small part of it that is trained.
+
+    Attributes:
+        backbone: the module, with adapter layers injected; computes stage by stage.
+        manifest: the tensors that may travel: exactly the trainable ones.
+        initial_P: the adapter before any training, on the CPU; does not change the model's outputs, except
+            through a fresh head.
+        flat: one Parameter of shape (P,) whose storage the trainable parameters view, with its gradient
+            viewed likewise; what an optimiser steps.
+        num_frozen_stages: leading stages without trainable parameters: the cacheable prefix.
+        prefix_digest: identifies the frozen prefix: weights, and how far it reaches.
+        pixels: the preprocessing that the backbone expects.
+        device: where it computes.
+    """
+
+    def __init__(self, study: StudyConfig, device: torch.device) -> None:
+        entry = backbone_of(study.backbone)
+        if entry.task_kind != study.task.kind:
+            raise StudyError(
+                f"Expected task.kind = {entry.task_kind!r} for backbone {study.backbone.name}, "
+                f"got {study.task.kind!r}; change the task or the backbone."
+            )
+        generator = torch.Generator().manual_seed(derive_seed(study.seed, "head"))
+        backbone = entry.build(study.task, generator)
+        self._peft = _attach_lora(backbone, entry, study)
+        self.backbone: Any = self._peft.get_base_model()
+        self.pixels: PixelSpec = entry.pixels
+        self.device = device
+        self._peft.to(device)
+
+        trainable = _trainable_by_name(self._peft)
+        self.manifest = AdapterManifest.of(
+            {name: parameter.detach() for name, parameter in trainable.items()},
+            method=study.adapter.method,
+            rank=study.adapter.rank,
+        )
+        self.initial_P = self.manifest.flatten({name: p.detach() for name, p in trainable.items()})
+        self.flat = _view_as_one(trainable, self.manifest, device)
+        inner = [name.removeprefix("base_model.model.") for name in trainable]
+        self.num_frozen_stages = count_frozen_stages(self.backbone.stages, inner)
+        self.prefix_digest = sha256_hex(
+            canonical_bytes([study.backbone.sha256, list(self.backbone.stages[: self.num_frozen_stages])])
+        )
+
+    def load(self, vector_P: Tensor) -> None:
+        """Put an adapter in place.
+
+        Raises:
+            AdapterMismatchError: if the vector does not fit the manifest; the model is then unchanged.
+        """
+        self.manifest.check_vector(vector_P)
+        with torch.no_grad():
+            self.flat.copy_(vector_P)
+
+    def read(self) -> Tensor:
+        """A copy of the adapter in place: float32, on the CPU, shape (P,)."""
+        return self.flat.detach().to("cpu", copy=True)
+
+    def encode(self, image_B3HW: Tensor) -> Tensor:
+        """Features after the frozen prefix, without gradient; independent of the adapter."""
+        with torch.no_grad():
+            features: Tensor = self.backbone.prefix(image_B3HW, self.num_frozen_stages)
+        return features
+
+    def embed(self, features: Tensor) -> Tensor:
+        """The embedding that the task's head reads, from features after the frozen prefix."""
+        embedding: Tensor = self.backbone.resume(features, self.num_frozen_stages)
+        return embedding
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout and the like on or off."""
+        self._peft.train(mode)
+
+    def save(self, folder: Path, adapter_P: Tensor) -> None:
+        """Write ``adapter_P`` as a standard PEFT folder, which ``PeftModel.from_pretrained`` reads.
+
+        The adapter in place is put back afterwards.
+        """
+        before_P = self.read()
+        self.load(adapter_P)
+        try:
+            self._peft.save_pretrained(str(folder))
+        finally:
+            self.load(before_P)
+
+
+def _attach_lora(backbone: nn.Module, entry: Backbone, study: StudyConfig) -> Any:
+    """Freeze the backbone and inject LoRA; A is drawn from the study's seed, B is zero."""
+    from peft import LoraConfig, get_peft_model
+
+    expression = entry.target_expression(study.adapter.targets)
+    config = LoraConfig(
+        r=study.adapter.rank,
+        lora_alpha=study.adapter.alpha,
+        target_modules=expression,
+        modules_to_save=list(entry.heads) or None,
+        lora_dropout=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(study.seed, "adapter"))
+        try:
+            return get_peft_model(backbone, config)
+        except ValueError as error:
+            raise StudyError(
+                f"Expected adapter.targets to name linear layers of {study.backbone.name}, "
+                f"got {study.adapter.targets!r}: {error}"
+            ) from None
+
+
+def _trainable_by_name(peft_model: Any) -> dict[str, nn.Parameter]:
+    """Trainable parameters under the names of a PEFT file; refuses any that such a file would not hold."""
+    from peft import get_peft_model_state_dict
+
+    by_storage = {p.data_ptr(): p for p in peft_model.parameters() if p.requires_grad}
+    stored = get_peft_model_state_dict(peft_model)
+    named = {name: by_storage[t.data_ptr()] for name, t in stored.items() if t.data_ptr() in by_storage}
+    if len(named) != len(by_storage) or len(named) != len(stored):
+        raise StudyError(
+            f"Expected every trainable parameter to be part of the adapter file, got {len(by_storage)} trainable "
+            f"and {len(stored)} stored; choose other adapter.targets."
+        )
+    return named
+
+
+def _view_as_one(
+    trainable: dict[str, nn.Parameter], manifest: AdapterManifest, device: torch.device
+) -> nn.Parameter:
+    """One flat Parameter whose storage, and gradient storage, the given parameters become views of."""
+    flat = nn.Parameter(torch.empty(manifest.num_elements, dtype=torch.float32, device=device))
+    flat.grad = torch.zeros_like(flat)
+    start = 0
+    for spec in manifest.tensors:
+        parameter, stop = trainable[spec.name], start + spec.num_elements
+        with torch.no_grad():
+            flat[start:stop].copy_(parameter.reshape(-1))
+            parameter.data = flat.data[start:stop].view(spec.shape)
+        parameter.grad = flat.grad[start:stop].view(spec.shape)
+        start = stop
+    return flat
+
+
+_loaded: dict[tuple[str, str], AdaptedModel] = {}
+_loading = Lock()
+
+
+def adapted_model(study: StudyConfig, device: torch.device) -> AdaptedModel:
+    """The one adapted model of this process for a study; loaded at the first call, then shared.
+
+    All virtual sites of a simulation use it in turn, each putting its own adapter in place. Models of other
+    studies are dropped: a process works for one study at a time.
+
+    Raises:
+        StudyError: if the study does not fit the backbone.
+        WeightsError: if the weights are missing or not the ones the study names.
+    """
+    key = (study.model_digest, str(device))
+    with _loading:
+        if key not in _loaded:
+            for other in [other for other in _loaded if other[0] != study.model_digest]:
+                del _loaded[other]
+            _loaded[key] = AdaptedModel(study, device)
+        return _loaded[key]
+
+
+def resolve(study: StudyConfig, device: torch.device) -> StudyConfig:
+    """The study with the manifest of the real model in it; what its digest then covers is what may travel."""
+    return study.with_manifest(adapted_model(study, device).manifest)
+
+
+def load_adapter(folder: Path, backbone: nn.Module) -> Any:
+    """The backbone with the adapter of a PEFT folder attached, as a ``PeftModel`` in eval mode.
+
+    Args:
+        folder: as written by a run: ``adapter_config.json`` and ``adapter_model.safetensors``.
+        backbone: the backbone the adapter was made for, with its pretrained weights.
+
+    Raises:
+        StudyError: if the folder holds no adapter.
+    """
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").is_file():
+        raise StudyError(f"Expected an adapter folder at {folder}, got no adapter_config.json there.")
+    return PeftModel.from_pretrained(backbone, str(folder)).eval()

@@ -1,0 +1,413 @@
+"""The study file: what a consortium agrees on, as one immutable object with one digest.
+
+A study is read from TOML. Every section is a frozen pydantic model that refuses unknown keys, because a
+misspelt key that is silently ignored is a study nobody approved. :attr:`StudyConfig.digest` is the SHA-256
+of the canonical form; once resolved (:meth:`StudyConfig.with_manifest`) it also covers the names and shapes
+of every tensor that may leave a site.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from medfed.adapter_manifest import AdapterManifest
+from medfed.canonical import canonical_bytes, sha256_hex
+from medfed.errors import StudyError
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+"""Lower-case letters, digits, hyphen and underscore: safe in file names, CSV columns and message headers."""
+
+POOLED_SITE = "pooled"
+"""Name of the virtual site that holds all data in simulations: the upper bound, illegal to build."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BackboneConfig(_Section):
+    """The frozen foundation model; identified by digest, never sent.
+
+    Attributes:
+        name: a registered backbone, for example ``lite-medsam`` or ``vit-s-focus``.
+        sha256: digest of the weights file that every site must hold.
+    """
+
+    name: Name
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class AdapterConfig(_Section):
+    """The small part that is trained and travels.
+
+    Attributes:
+        method: ``lora`` (Hu et al. 2021).
+        rank: LoRA rank r.
+        alpha: LoRA alpha; the update is scaled by alpha / r.
+        targets: a preset of the backbone (``decoder-attention``, ``last-quarter``, ...) or ``regex:`` and an
+            expression that module names must match in full.
+    """
+
+    method: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(ge=1, le=256)]
+    alpha: Annotated[float, Field(gt=0)]
+    targets: Annotated[str, Field(min_length=1)]
+
+    @field_validator("targets")
+    @classmethod
+    def _expression_compiles(cls, value: str) -> str:
+        if value.startswith("regex:"):
+            try:
+                re.compile(value.removeprefix("regex:"))
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+        return value
+
+
+class SegmentationConfig(_Section):
+    """Promptable segmentation: one box per structure, one mask per box.
+
+    Attributes:
+        classes: structure names; label value ``i + 1`` in a mask means ``classes[i]``, 0 is background.
+    """
+
+    kind: Literal["segmentation"]
+    classes: Annotated[tuple[Name, ...], Field(min_length=1, max_length=254)]
+
+    @field_validator("classes")
+    @classmethod
+    def _classes_are_distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _distinct(value, "class")
+
+
+class ClassificationConfig(_Section):
+    """Image classification with one or more targets, each with its own head.
+
+    Attributes:
+        targets: target name -> names of its classes; the manifest's column holds the class index.
+    """
+
+    kind: Literal["classification"]
+    targets: Annotated[dict[Name, tuple[Name, ...]], Field(min_length=1)]
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_have_classes(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for target, classes in value.items():
+            if len(classes) < 2:
+                raise ValueError(f"target {target!r} needs at least two classes")
+            _distinct(classes, f"class of {target!r}")
+        return value
+
+
+TaskConfig = Annotated[SegmentationConfig | ClassificationConfig, Field(discriminator="kind")]
+
+
+class TrainingConfig(_Section):
+    """Local training at a site, per round.
+
+    Attributes:
+        local_epochs: passes over the site's training images.
+        batch_size: images per step.
+        learning_rate: constant within a round.
+        optimizer: ``sgd`` (plain) or ``adamw``; its state starts afresh every round.
+        weight_decay: decoupled, for ``adamw`` only.
+        augmentation: ``none``, or ``intensity`` (random scale, shift and noise); random images have no
+            cached features.
+        order: ``shuffled`` by a generator seeded from study, round and site, or ``sequential``.
+    """
+
+    local_epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    augmentation: Literal["none", "intensity"] = "none"
+    order: Literal["shuffled", "sequential"] = "shuffled"
+
+    @model_validator(mode="after")
+    def _decay_has_an_optimizer(self) -> TrainingConfig:
+        if self.weight_decay and self.optimizer == "sgd":
+            raise ValueError("weight_decay needs optimizer = 'adamw'; remove it or change the optimizer")
+        return self
+
+
+class RoundsConfig(_Section):
+    """The round loop.
+
+    Attributes:
+        num_rounds: rounds in the study.
+        quorum: replies without which a round is not aggregated; None means every site.
+        deadline_s: seconds after which replies no longer count.
+        evaluate_every: rounds between evaluations on held-out patients; None means after the last only. The
+            state before the first round is always evaluated.
+    """
+
+    num_rounds: Annotated[int, Field(ge=1)]
+    quorum: Annotated[int, Field(ge=1)] | None = None
+    deadline_s: Annotated[float, Field(gt=0)] = 3600.0
+    evaluate_every: Annotated[int, Field(ge=1)] | None = None
+
+
+class StrategyConfig(_Section):
+    """Which tensors travel and how their sums become the next global adapter.
+
+    Attributes:
+        name: a registered strategy.
+        weighting: ``examples`` weighs a site by its number of training images, ``uniform`` does not.
+    """
+
+    name: Name = "fedit"
+    weighting: Literal["examples", "uniform"] = "examples"
+
+
+class CohortConfig(_Section):
+    """A simulated cohort, when the sites do not bring data of their own.
+
+    Attributes:
+        kind: ``brain-structures`` (segmentation) or ``brain-lesions`` (classification).
+        images_per_patient: slices of each virtual patient.
+    """
+
+    kind: Literal["brain-structures", "brain-lesions"]
+    images_per_patient: Annotated[int, Field(ge=1, le=16)] = 1
+
+
+class SiteConfig(_Section):
+    """One hospital of the study.
+
+    Attributes:
+        name: unique in the study.
+        data: manifest of a real cohort, relative to the study file (simulation on one's own data).
+        scanner: scanner profile of a simulated site.
+        train_patients: number of training patients of a simulated site.
+        test_patients: number of held-out patients of a simulated site.
+        lesion_prevalence: fraction of patients with a lesion, for ``brain-lesions``.
+    """
+
+    name: Name
+    data: Path | None = None
+    scanner: Name | None = None
+    train_patients: Annotated[int, Field(ge=1)] | None = None
+    test_patients: Annotated[int, Field(ge=1)] | None = None
+    lesion_prevalence: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class StudyConfig(_Section):
+    """A whole study. Immutable; equal studies have equal digests.
+
+    Attributes:
+        name: names the run folder.
+        seed: root of everything random in a simulation; noise, masks and keys never depend on it.
+        manifest: the tensors that may travel; None until resolved against the real backbone.
+    """
+
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    backbone: BackboneConfig
+    adapter: AdapterConfig
+    task: TaskConfig
+    training: TrainingConfig
+    rounds: RoundsConfig
+    strategy: StrategyConfig = StrategyConfig()
+    cohort: CohortConfig | None = None
+    sites: Annotated[tuple[SiteConfig, ...], Field(min_length=1)]
+    manifest: AdapterManifest | None = None
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> StudyConfig:
+        _distinct(self.site_names, "site")
+        if POOLED_SITE in self.site_names:
+            raise ValueError(
+                f"site name {POOLED_SITE!r} is reserved for the pooled upper bound; rename the site"
+            )
+        quorum = self.rounds.quorum
+        if quorum is not None and quorum > len(self.sites):
+            raise ValueError(
+                f"rounds.quorum is {quorum} but there are {len(self.sites)} sites; lower the quorum"
+            )
+        if self.cohort is not None:
+            expected = {"brain-structures": "segmentation", "brain-lesions": "classification"}[
+                self.cohort.kind
+            ]
+            if self.task.kind != expected:
+                raise ValueError(
+                    f"cohort {self.cohort.kind!r} is a {expected} cohort, task.kind is {self.task.kind!r}"
+                )
+        for site in self.sites:
+            self._check_site(site)
+        return self
+
+    def _check_site(self, site: SiteConfig) -> None:
+        recipe: dict[str, object] = {
+            "scanner": site.scanner,
+            "train_patients": site.train_patients,
+            "test_patients": site.test_patients,
+        }
+        lesions = self.cohort is not None and self.cohort.kind == "brain-lesions"
+        if lesions:
+            recipe["lesion_prevalence"] = site.lesion_prevalence
+        elif site.lesion_prevalence is not None:
+            raise ValueError(
+                f"site {site.name!r}: lesion_prevalence belongs to cohort kind 'brain-lesions'; remove it"
+            )
+        if self.cohort is None and any(value is not None for value in recipe.values()):
+            raise ValueError(f"site {site.name!r}: {next(iter(recipe))!r} needs a [cohort] section; add one")
+        if self.cohort is not None:
+            if site.data is not None:
+                raise ValueError(
+                    f"site {site.name!r}: has 'data' although [cohort] simulates it; remove one of them"
+                )
+            if missing := [key for key, value in recipe.items() if value is None]:
+                raise ValueError(f"site {site.name!r}: {missing[0]} is missing; a simulated site needs it")
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Site names in the order of the study: the order of every sum."""
+        return tuple(site.name for site in self.sites)
+
+    @property
+    def quorum(self) -> int:
+        """Replies that a round needs."""
+        return self.rounds.quorum or len(self.sites)
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """Canonical bytes: what is signed, approved and sent."""
+        return canonical_bytes(self.model_dump(mode="json"))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of :attr:`canonical`, hexadecimal."""
+        return sha256_hex(self.canonical)
+
+    @cached_property
+    def model_digest(self) -> str:
+        """SHA-256 of what fixes the adapted model: backbone, adapter, task, seed; the same once resolved."""
+        parts = self.model_dump(mode="json", include={"backbone", "adapter", "task", "seed"})
+        return sha256_hex(canonical_bytes(parts))
+
+    def with_manifest(self, manifest: AdapterManifest) -> StudyConfig:
+        """The resolved study, whose digest covers every tensor that may travel."""
+        return self.replace(manifest=manifest)
+
+    def replace(self, **changes: object) -> StudyConfig:
+        """A study with some fields replaced, validated anew; digests are never carried over."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return StudyConfig.model_validate({**fields, **changes})
+
+    @property
+    def resolved_manifest(self) -> AdapterManifest:
+        """The manifest of a resolved study.
+
+        Raises:
+            StudyError: if the study has not been resolved.
+        """
+        if self.manifest is None:
+            raise StudyError(
+                "Expected a resolved study, got one without an adapter manifest; resolve it first."
+            )
+        return self.manifest
+
+
+def read_study(path: Path) -> StudyConfig:
+    """Read and check a study file; paths in it become absolute.
+
+    Raises:
+        StudyError: one line that names the file, the key, and what to change.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise StudyError(f"Expected a study file at {path}, got nothing; check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"Expected a readable UTF-8 study file at {path}, got: {error}.") from None
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"Expected valid TOML in {path}, got: {error}.") from None
+    study = _validate(data, str(path))
+    if study.cohort is not None:
+        return study
+    for site in study.sites:
+        if site.data is None:
+            raise StudyError(
+                f"{path}: site {site.name!r} has no data; add 'data = \"manifest.csv\"' or a [cohort]."
+            )
+    absolute = [
+        site.model_copy(update={"data": (path.parent / site.data).resolve()})
+        for site in study.sites
+        if site.data
+    ]
+    for site in absolute:
+        if not (site.data and site.data.is_file()):
+            raise StudyError(
+                f"{path}: site {site.name!r} expects a data manifest at {site.data}, got nothing there."
+            )
+    return study.replace(sites=tuple(absolute))
+
+
+def parse_study(canonical: bytes, *, digest: str | None = None) -> StudyConfig:
+    """The study of canonical bytes, as they travel.
+
+    Raises:
+        StudyError: if the bytes are no study, not canonical, or do not have the expected digest.
+    """
+    if digest is not None and sha256_hex(canonical) != digest:
+        raise StudyError(
+            f"Expected a study with digest {digest[:16]}, got {sha256_hex(canonical)[:16]}; ask for it again."
+        )
+    try:
+        study = StudyConfig.model_validate_json(canonical)
+    except ValidationError as error:
+        raise StudyError(_first_problem(error, "study")) from None
+    if study.canonical != canonical:
+        raise StudyError("Expected a study in canonical form, got other bytes for the same content.")
+    return study
+
+
+def _validate(data: dict[str, Any], origin: str) -> StudyConfig:
+    try:
+        return StudyConfig.model_validate(data)
+    except ValidationError as error:
+        raise StudyError(_first_problem(error, origin)) from None
+
+
+def _first_problem(error: ValidationError, origin: str) -> str:
+    """The first validation problem as one line: where, what, and the nearest right word."""
+    problems = error.errors(include_url=False)
+    # A misspelt key is both an unknown one and a missing one; the unknown one says more.
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    where = ".".join(str(part) for part in first["loc"] if part not in ("segmentation", "classification"))
+    rest = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        close = difflib.get_close_matches(key, _all_keys(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "; remove it."
+        return f"{origin}: unknown key {where!r}{hint}{rest}"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+    return f"{origin}: {where or 'study'}: {message}{got}{rest}"
+
+
+def _all_keys() -> list[str]:
+    sections: Sequence[type[BaseModel]] = (
+        StudyConfig, BackboneConfig, AdapterConfig, SegmentationConfig, ClassificationConfig, TrainingConfig,
+        RoundsConfig, StrategyConfig, CohortConfig, SiteConfig,
+    )  # fmt: skip
+    return sorted({key for section in sections for key in section.model_fields})
+
+
+def _distinct(names: tuple[str, ...], what: str) -> tuple[str, ...]:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{what} {name!r} appears twice; names must be distinct")
+    return names

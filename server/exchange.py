@@ -1,0 +1,130 @@
+"""One exchange with named sites over a Grid: instructions out, replies of known sites back.
+
+The only file of the round loop that knows what a Flower message is. Whatever a site sends that is not a
+well-formed reply to what it was asked counts as no reply, with the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from medfed.errors import MedfedError, MessageError
+from medfed.messages import RECORD_KEY, Fields, RoundInstruction, RoundReply, bytes_field
+
+_log = logging.getLogger("medfed.server.exchange")
+
+_MESSAGE_TYPES = {"describe": "query.describe", "train": "train", "evaluate": "evaluate"}
+
+
+@dataclass(frozen=True)
+class SiteReply:
+    """A well-formed reply.
+
+    Attributes:
+        reply: its header.
+        payload: the adapter payload, still encoded.
+    """
+
+    reply: RoundReply
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What came back.
+
+    Attributes:
+        replies: well-formed replies by site.
+        node_of: node id of each site that replied.
+        failures: reason by site (or ``node <id>``) for everything else, sites that kept silent included.
+    """
+
+    replies: dict[str, SiteReply]
+    node_of: dict[str, int]
+    failures: dict[str, str]
+
+
+def exchange(
+    grid: Grid,
+    action: str,
+    nodes: Mapping[int, str | None],
+    instruction: RoundInstruction,
+    *,
+    study: bytes,
+    adapter: bytes,
+    deadline_s: float,
+) -> Exchange:
+    """Ask every node to act, and take what comes back before the deadline.
+
+    Args:
+        grid: the transport.
+        action: ``describe``, ``train`` or ``evaluate``.
+        nodes: node id -> the site expected there, or None if unknown (``describe``).
+        instruction: the header.
+        study: canonical study bytes.
+        adapter: payload of the global adapter, may be empty.
+        deadline_s: seconds to wait.
+    """
+    fields = instruction.to_fields(study=study, adapter=adapter)
+    messages = [
+        Message(
+            RecordDict({RECORD_KEY: ConfigRecord(dict(fields))}),
+            dst_node_id=node_id,
+            message_type=_MESSAGE_TYPES[action],
+            group_id=str(instruction.round),
+            ttl=deadline_s,
+        )
+        for node_id in nodes
+    ]
+    replies: dict[str, SiteReply] = {}
+    node_of: dict[str, int] = {}
+    failures: dict[str, str] = {}
+    for message in grid.send_and_receive(messages, timeout=deadline_s):
+        node_id = message.metadata.src_node_id
+        where = nodes.get(node_id) or f"node {node_id}"
+        try:
+            answer = _read(message, instruction, expected_site=nodes.get(node_id))
+        except MedfedError as error:
+            failures[where] = str(error)
+            _log.warning(
+                "event=bad_reply round=%d where=%s kind=%s", instruction.round, where, type(error).__name__
+            )
+            continue
+        if answer.reply.refusal is not None:
+            refusal = answer.reply.refusal
+            failures[answer.reply.site] = f"{refusal.kind}: {refusal.reason}"
+        elif answer.reply.site in replies:
+            failures[where] = f"a second reply for site {answer.reply.site!r}"
+        else:
+            replies[answer.reply.site] = answer
+            node_of[answer.reply.site] = node_id
+    for site in nodes.values():
+        if site is not None and site not in replies and site not in failures:
+            failures[site] = f"no reply within {deadline_s:g} s"
+    return Exchange(replies, node_of, failures)
+
+
+def _read(message: Message, instruction: RoundInstruction, *, expected_site: str | None) -> SiteReply:
+    """The reply in a message.
+
+    Raises:
+        MessageError: if the site failed, or did not answer what it was asked.
+    """
+    if message.has_error():
+        raise MessageError(f"the site failed with {message.error.reason}")
+    record = message.content.get(RECORD_KEY)
+    if not isinstance(record, ConfigRecord) or set(message.content) != {RECORD_KEY}:
+        raise MessageError("Expected one record of ours in a reply, got something else.")
+    fields: Fields = {str(k): v for k, v in record.items() if isinstance(v, (str, bytes))}
+    reply = RoundReply.parse(fields)
+    asked = (instruction.study_digest, instruction.round, instruction.attempt)
+    if (reply.study_digest, reply.round, reply.attempt) != asked:
+        raise MessageError(f"Expected a reply to round {asked[1]}, attempt {asked[2]}, got another.")
+    if expected_site is not None and reply.site != expected_site:
+        raise MessageError(f"Expected a reply of site {expected_site!r}, got one of {reply.site!r}.")
+    return SiteReply(reply, bytes_field(fields, "adapter"))

@@ -1,0 +1,245 @@
+"""The report of a run: one HTML file that needs nothing else, made from the files of the run folder alone.
+
+What it holds, in the order in which a reader asks: the result and its limits, the numbers, pictures, what was
+run, how to run it again, and what nobody measured.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import platform
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from medfed.errors import CheckpointError
+from medfed.payload import HEADER_BYTES
+from medfed.study import POOLED_SITE, StudyConfig, parse_study
+from server.checkpoint import write_durably
+from server.report_figures import draw_losses, draw_scores
+from server.results import (
+    DECIMALS,
+    Results,
+    caveats,
+    column_labels,
+    read_results,
+    result_sentence,
+    rows_of,
+)
+
+REPORT = "report.html"
+
+_BYTES_PER_ELEMENT = 4
+_PACKAGES = ("medfed", "torch", "flwr", "peft")
+_IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".svg": "image/svg+xml"}
+
+
+class Caption(BaseModel):
+    """One entry of ``figures/captions.json``.
+
+    Attributes:
+        file: name of an image in the same folder.
+        title: heading.
+        caption: one or two sentences.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class _Picture:
+    title: str
+    caption: str
+    data_uri: str
+
+
+def write_report(folder: Path) -> Path:
+    """Render ``report.html`` of a finished run, replacing an earlier one, and return its path.
+
+    The same folder and the same installed versions give the same bytes.
+
+    Args:
+        folder: with ``study.json`` and ``summary.json``; ``metrics.jsonl``, ``arms/*/metrics.jsonl`` and
+            ``figures/captions.json`` add to the report if they are there.
+
+    Raises:
+        CheckpointError: if this is no folder of a finished run, or one of its files is damaged.
+        StudyError: if its study is not one.
+    """
+    study = _study(folder)
+    results = read_results(folder)
+    labels = column_labels(study.task.kind)
+    metrics = _metrics(folder / "metrics.jsonl")
+    pooled = _metrics(folder / "arms" / POOLED_SITE / "metrics.jsonl")
+    page = _template().render(
+        study=study,
+        results=results,
+        run_name=folder.resolve().name,
+        sentence=result_sentence(results, labels),
+        caveats=caveats(results, labels),
+        shows_own_images=study.cohort is None,
+        columns=[(column, labels[column]) for column in results.columns],
+        rows=rows_of(results),
+        decimals=DECIMALS,
+        scores_svg=draw_scores(results, labels),
+        losses_svg=draw_losses([*metrics, *pooled], study.site_names, POOLED_SITE),
+        has_pooled_loss=bool(pooled),
+        pictures=_pictures(folder / "figures"),
+        facts=_facts(study, results),
+        held_out=_held_out_images(metrics),
+        study_text=_study_text(study),
+        versions=_versions(),
+        not_measured=_not_measured(study),
+    )
+    path = folder / REPORT
+    write_durably(path, page.encode("utf-8"))
+    return path
+
+
+def _template() -> Any:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(resources.files("server").joinpath("report.html").read_text("utf-8"))
+
+
+def _study(folder: Path) -> StudyConfig:
+    path = folder / "study.json"
+    if not path.is_file():
+        raise CheckpointError(f"Expected a run folder with study.json, got {folder}; check the path.")
+    return parse_study(path.read_bytes())
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a ``metrics.jsonl``; none if the arm was not run."""
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except ValueError as error:
+        raise CheckpointError(
+            f"Expected one JSON object per line in {path}, got: {error}; resume the run, which rewrites it."
+        ) from None
+
+
+def _pictures(folder: Path) -> list[_Picture]:
+    """The images that ``captions.json`` names, each as a data URI."""
+    index = folder / "captions.json"
+    if not index.is_file():
+        return []
+    try:
+        captions = TypeAdapter(list[Caption]).validate_json(index.read_bytes())
+    except ValidationError:
+        raise CheckpointError(
+            f"Expected a list of file, title and caption in {index}, got something else; resume the run."
+        ) from None
+    return [_picture(folder, caption) for caption in captions]
+
+
+def _picture(folder: Path, caption: Caption) -> _Picture:
+    path = folder / caption.file
+    media_type = _IMAGE_TYPES.get(path.suffix)
+    if media_type is None or Path(caption.file).name != caption.file or not path.is_file():
+        raise CheckpointError(
+            f"Expected a PNG, JPEG or SVG file in {folder}, got {caption.file!r}; resume the run to draw it again."
+        )
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return _Picture(caption.title, caption.caption, f"data:{media_type};base64,{data}")
+
+
+def _facts(study: StudyConfig, results: Results) -> list[tuple[str, str]]:
+    """The study in plain words: term and description."""
+    manifest = study.resolved_manifest
+    training, adapter = study.training, study.adapter
+    update_bytes = _BYTES_PER_ELEMENT * manifest.num_elements + HEADER_BYTES
+    weighed = "its number of training images" if study.strategy.weighting == "examples" else "one each"
+    epochs = f"{training.local_epochs} local epoch{'s' if training.local_epochs > 1 else ''}"
+    decay = f", weight decay {training.weight_decay:g}" if training.weight_decay else ""
+    return [
+        ("Task", _task_in_words(study)),
+        ("Backbone", f"{study.backbone.name}, frozen; weights with SHA-256 {study.backbone.sha256[:16]}…"),
+        (
+            "Adapter",
+            f"{adapter.method} of rank {adapter.rank}, alpha {adapter.alpha:g}, on {adapter.targets}: "
+            f"{manifest.num_elements:,} parameters in {len(manifest.tensors)} tensors",
+        ),
+        (
+            "One update",
+            f"{update_bytes:,} bytes, sent to each site and back in every round; no image travels",
+        ),
+        (
+            "Rounds",
+            f"{results.rounds} of {study.rounds.num_rounds}, quorum {study.quorum} of {len(study.sites)} sites",
+        ),
+        (
+            "At each site",
+            f"{epochs} in batches of {training.batch_size}, {training.optimizer} with learning rate "
+            f"{training.learning_rate:g}{decay}, augmentation {training.augmentation}",
+        ),
+        ("Aggregation", f"{study.strategy.name}; a site weighs {weighed}"),
+        ("Time", f"{results.wall_s:,.0f} s on one machine, all arms together"),
+    ]
+
+
+def _task_in_words(study: StudyConfig) -> str:
+    if study.task.kind == "segmentation":
+        return f"segmentation of {_listed(study.task.classes)}, each prompted with a box"
+    targets = [f"{name} ({' / '.join(classes)})" for name, classes in study.task.targets.items()]
+    return f"classification of {_listed(targets)}"
+
+
+def _listed(names: Any) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else str(last)
+
+
+def _held_out_images(metrics: list[dict[str, Any]]) -> dict[str, int]:
+    """Images that each site was evaluated on."""
+    return {line["site"]: line["num_examples"] for line in metrics if line["event"] == "evaluate"}
+
+
+def _study_text(study: StudyConfig) -> str:
+    """The study without what a reader does not need (tensor list) or must not see (paths to data)."""
+    shown = study.model_dump(
+        mode="json", exclude={"manifest": True, "sites": {"__all__": {"data"}}}, exclude_none=True
+    )
+    return json.dumps(shown, indent=2)
+
+
+def _versions() -> list[tuple[str, str]]:
+    return [("python", platform.python_version()), *((name, metadata.version(name)) for name in _PACKAGES)]
+
+
+def _not_measured(study: StudyConfig) -> list[str]:
+    """What a reader might take for granted and this run does not show."""
+    gaps = [
+        "Confidence intervals and significance: one seed and the few held-out patients above; "
+        "small differences may be chance.",
+        "Privacy: no attack was tried on the updates, and no privacy budget was spent or accounted for.",
+        "A real network: delays, drop-outs and sites on other hardware.",
+        "Sites outside of the study, fairness between groups of patients, and benefit to any patient.",
+    ]
+    if study.task.kind == "segmentation":
+        gaps[:0] = [
+            "Surface distance (Hausdorff, average surface distance) and volume error: Dice alone hides where "
+            "an outline is wrong.",
+            "Finding a structure: the box prompt is drawn around the reference mask.",
+            "Calibration of the predicted masks.",
+        ]
+    else:
+        gaps[:0] = [
+            "Calibration, and sensitivity at a chosen specificity: balanced accuracy takes the likeliest class.",
+            "Area under the ROC curve.",
+        ]
+    if study.cohort is not None:
+        gaps.append("Real hospitals: scanners are modelled and patients are synthetic.")
+    return gaps

@@ -1,0 +1,130 @@
+"""The two drawings of a report, as SVG that is part of the page: it takes the page's colours, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from html import escape
+from typing import Any
+
+from server.results import COLUMNS, Column, Results
+
+# Any colour that no mark uses: replaced by the page's text colour after drawing.
+_INK = "#010203"
+_WIDTH_IN = 7.4
+
+# Colour and shape both tell the arms apart; the colours (after Okabe and Ito 2008) keep 3:1 on white and black.
+_MARKS: Mapping[Column, tuple[str, str]] = {
+    "zero_shot": ("#808080", "o"),
+    "local_only": ("#c77700", "s"),
+    "federated": ("#2a7fc4", "D"),
+    "pooled": ("#0f9470", "^"),
+}
+_SITE_COLOURS = ("#2a7fc4", "#c77700", "#0f9470", "#c2569b", "#7a6fd0", "#a08a00", "#c24a3a", "#3a9db5")
+
+
+def draw_scores(results: Results, labels: Mapping[Column, str]) -> str:
+    """A dot plot: one line for each site, one mark for each arm, the primary metric along x."""
+    from matplotlib.figure import Figure
+
+    sites, columns = list(results.sites), results.columns
+    with _style("scores"):
+        figure = Figure(figsize=(_WIDTH_IN, 1.2 + 0.5 * len(sites)), layout="constrained")
+        axes = figure.add_subplot()
+        for column in columns:
+            colour, shape = _MARKS[column]
+            # Arms lie a little apart, so that equal scores do not hide each other.
+            shift = (COLUMNS.index(column) - (len(COLUMNS) - 1) / 2) * 0.18
+            points = [(results.score(site, column), row + shift) for row, site in enumerate(sites)]
+            shown = [(value, row) for value, row in points if value is not None]
+            fill = "none" if column == "zero_shot" else colour
+            axes.plot(
+                [value for value, _ in shown],
+                [row for _, row in shown],
+                shape,
+                color=colour,
+                markerfacecolor=fill,
+                markersize=7,
+                label=labels[column],
+                linestyle="none",
+            )
+        for boundary in range(1, len(sites)):
+            axes.axhline(boundary - 0.5, color=_INK, alpha=0.15, linewidth=0.8)
+        axes.set_yticks(range(len(sites)), sites, parse_math=False)
+        axes.set_ylim(len(sites) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", color=_INK, alpha=0.15, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(f"{results.metric_name} on held-out patients, 1 is perfect", parse_math=False)
+        figure.legend(loc="outside upper center", ncols=len(columns), frameon=False)
+        return _svg(figure, "scores", f"{results.metric_name} of each site and arm")
+
+
+def draw_losses(metrics: Iterable[Mapping[str, Any]], sites: Iterable[str], pooled_site: str) -> str | None:
+    """Training loss of each round: the sites of the federated arm, and the pooled arm dashed.
+
+    Args:
+        metrics: lines of the ``metrics.jsonl`` of the arms to draw.
+        sites: sites of the federated arm, in order.
+        pooled_site: site of the pooled arm.
+
+    Returns:
+        The drawing, or None if no loss was recorded.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for line in metrics:
+        if line["event"] == "train" and "loss" in line:
+            curves.setdefault((line["scope"], line["site"]), []).append((line["round"], line["loss"]))
+    if not curves:
+        return None
+    with _style("losses"):
+        figure = Figure(figsize=(_WIDTH_IN, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        for index, site in enumerate(sites):
+            if points := curves.get(("federated", site)):
+                colour = _SITE_COLOURS[index % len(_SITE_COLOURS)]
+                axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=site)
+        if points := curves.get(("pooled", pooled_site)):
+            axes.plot(*zip(*points, strict=True), "s--", color=_INK, markersize=4, label="pooled")
+        axes.set_xlabel("round")
+        axes.set_ylabel("training loss, last local epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color=_INK, alpha=0.15, linewidth=0.8)
+        legend = figure.legend(loc="outside right upper", frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        return _svg(figure, "losses", "training loss of each round and site")
+
+
+def _style(name: str) -> AbstractContextManager[None]:
+    """Matplotlib's settings while a drawing is made."""
+    from matplotlib import rc_context
+
+    settings: Any = {
+        "svg.fonttype": "none",  # text stays text: it can be searched and is set in the page's font
+        "svg.hashsalt": name,  # the same ids, and so the same bytes, every time
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        **dict.fromkeys(
+            ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
+        ),
+    }
+    return rc_context(settings)
+
+
+def _svg(figure: Any, name: str, description: str) -> str:
+    """The figure as an element of an HTML page: nothing outside of itself, ids of its own, the page's ink."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 var(--font)", text)
+    text = text.replace(_INK, "currentColor")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)

@@ -1,0 +1,203 @@
+"""The round loop: explicit sites, quorum, deadline, a checkpoint after every round, resume.
+
+A round is a pure function of the checkpoint before it and the sites' replies; sites draw their randomness
+from (study, round, site). So a run that was killed and resumed ends with the same adapter, bit for bit, as
+one that was not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from medfed.errors import AdapterMismatchError, RoundError
+from medfed.messages import RoundInstruction
+from medfed.payload import decode_adapter, encode_adapter
+from medfed.study import StudyConfig
+from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from server.exchange import Exchange, exchange
+from strategies.registry import strategy_of
+from strategies.weighted_sum import aggregate
+
+_log = logging.getLogger("medfed.server.rounds")
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Who takes part.
+
+    Attributes:
+        scope: ``federated``, or in simulations ``pooled`` or ``local-<site>``.
+        train_sites: sites that train, in the order of sums.
+        evaluate_sites: sites that evaluate on their held-out patients.
+        quorum: replies without which a round is not aggregated.
+        evaluate_initial: whether the adapter before round 1 is evaluated.
+    """
+
+    scope: str
+    train_sites: tuple[str, ...]
+    evaluate_sites: tuple[str, ...]
+    quorum: int
+    evaluate_initial: bool = True
+
+
+def run_rounds(
+    grid: Grid, study: StudyConfig, federation: Federation, *, initial_P: Tensor, folder: Path
+) -> Checkpoint:
+    """Run the study's rounds, or what is left of them, and return the last checkpoint.
+
+    Args:
+        grid: the transport.
+        study: resolved.
+        federation: who takes part.
+        initial_P: the adapter before round 1, float32, shape (P,).
+        folder: where the checkpoint and ``metrics.jsonl`` live. A checkpoint found there is continued.
+
+    Raises:
+        RoundError: if a named site cannot serve the study, or a round misses its quorum. The checkpoint of
+            the last completed round stays, and the run can be resumed.
+        CheckpointError: if the folder's checkpoint is not this study's.
+    """
+    loop = _Loop(grid, study, federation)
+    state = read_checkpoint(
+        folder, study.resolved_manifest, study_digest=study.digest, scope=federation.scope
+    )
+    weights = loop.find_sites()
+    if state is None:
+        state = Checkpoint(study.digest, federation.scope, 0, initial_P, (), weights)
+        if federation.evaluate_initial:
+            state = loop.evaluated(state)
+        write_checkpoint(folder, state)
+    while state.round < study.rounds.num_rounds:
+        state = loop.trained(state)
+        every, last = study.rounds.evaluate_every, state.round == study.rounds.num_rounds
+        if last or (every is not None and state.round % every == 0):
+            state = loop.evaluated(state)
+        write_checkpoint(folder, state)
+        _log.info("event=round_done scope=%s round=%d", federation.scope, state.round)
+    return state
+
+
+class _Loop:
+    """One run's transport, study and federation, so that the steps need not pass them along."""
+
+    def __init__(self, grid: Grid, study: StudyConfig, federation: Federation) -> None:
+        self._grid = grid
+        self._study = study
+        self._federation = federation
+        self._strategy = strategy_of(study.strategy)
+        self._node_of: dict[str, int] = {}
+
+    def find_sites(self) -> dict[str, float]:
+        """Ask every node who it is; learn the nodes of the federation's sites and their public weights.
+
+        Raises:
+            RoundError: names the sites that did not answer or cannot serve the study.
+        """
+        found = self._ask("describe", dict.fromkeys(self._grid.get_node_ids()), 0, b"")
+        wanted = dict.fromkeys((*self._federation.train_sites, *self._federation.evaluate_sites))
+        missing = [site for site in wanted if site not in found.replies]
+        if missing:
+            raise RoundError(
+                f"Expected {len(wanted)} sites that can serve the study, {_reasons(missing, found)}; "
+                "correct them and resume."
+            )
+        self._node_of = {site: found.node_of[site] for site in wanted}
+        uniform = self._study.strategy.weighting == "uniform"
+        return {
+            site: 1.0 if uniform else float(found.replies[site].reply.num_examples)
+            for site in self._federation.train_sites
+        }
+
+    def trained(self, state: Checkpoint) -> Checkpoint:
+        """The state after one more round of training.
+
+        Raises:
+            RoundError: if fewer than the quorum sent a usable update in time.
+        """
+        number = state.round + 1
+        manifest = self._study.resolved_manifest
+        phase = self._strategy.plan(number)
+        upload_manifest = phase.upload_manifest(manifest)
+        payload = encode_adapter(state.adapter_P, manifest)
+        answered = self._ask("train", self._nodes(self._federation.train_sites), number, payload)
+        uploads: dict[str, Tensor] = {}
+        for site, answer in answered.replies.items():
+            try:
+                uploads[site] = decode_adapter(answer.payload, upload_manifest)
+            except AdapterMismatchError as error:
+                answered.failures[site] = str(error)
+        if len(uploads) < self._federation.quorum:
+            missing = [site for site in self._federation.train_sites if site not in uploads]
+            raise RoundError(
+                f"Round {number}: expected updates of {self._federation.quorum} sites, got {len(uploads)}; "
+                f"{_reasons(missing, answered)}; correct them and resume."
+            )
+        sums = aggregate(phase, upload_manifest, uploads, state.weights, self._federation.train_sites)
+        tree = self._strategy.post(number, manifest.unflatten(state.adapter_P), sums)
+        lines: list[dict[str, Any]] = [
+            {
+                "event": "train",
+                "scope": self._federation.scope,
+                "round": number,
+                "site": site,
+                **answered.replies[site].reply.metrics,
+            }
+            for site in self._federation.train_sites
+            if site in uploads
+        ]
+        return replace(
+            state, round=number, adapter_P=manifest.flatten(dict(tree)), metrics=(*state.metrics, *lines)
+        )
+
+    def evaluated(self, state: Checkpoint) -> Checkpoint:
+        """The state with the metrics of its adapter on every evaluating site's held-out patients."""
+        if not self._federation.evaluate_sites:
+            return state
+        payload = encode_adapter(state.adapter_P, self._study.resolved_manifest)
+        sites = self._federation.evaluate_sites
+        answered = self._ask("evaluate", self._nodes(sites), state.round, payload)
+        for site, reason in answered.failures.items():
+            _log.warning("event=not_evaluated round=%d site=%s reason=%s", state.round, site, reason)
+        lines: list[dict[str, Any]] = [
+            {
+                "event": "evaluate",
+                "scope": self._federation.scope,
+                "round": state.round,
+                "site": site,
+                "num_examples": answered.replies[site].reply.num_examples,
+                **answered.replies[site].reply.metrics,
+            }
+            for site in sites
+            if site in answered.replies
+        ]
+        return replace(state, metrics=(*state.metrics, *lines))
+
+    def _nodes(self, sites: Sequence[str]) -> dict[int, str | None]:
+        return {self._node_of[site]: site for site in sites}
+
+    def _ask(self, action: str, nodes: Mapping[int, str | None], number: int, adapter: bytes) -> Exchange:
+        instruction = RoundInstruction(
+            study_digest=self._study.digest, round=number, scope=self._federation.scope
+        )
+        return exchange(
+            self._grid,
+            action,
+            nodes,
+            instruction,
+            study=self._study.canonical,
+            adapter=adapter,
+            deadline_s=self._study.rounds.deadline_s,
+        )
+
+
+def _reasons(sites: Sequence[str], answered: Exchange) -> str:
+    reasons = [f"{site}: {answered.failures.get(site, 'no such node')}" for site in sites]
+    strangers = [f"{where}: {why}" for where, why in answered.failures.items() if where.startswith("node ")]
+    return "; ".join([*reasons, *strangers])

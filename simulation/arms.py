@@ -1,0 +1,62 @@
+"""The federations that a simulation compares, all run by the same server and client apps.
+
+==================  =====================  ==================  ===========================================
+arm                 trains                 evaluated on        answers
+==================  =====================  ==================  ===========================================
+``federated``       every site             every site          what the consortium gets
+``local-<site>``    that site alone        that site           was joining worth it?
+``pooled``          all data in one place  every site          the upper bound, which nobody may build
+==================  =====================  ==================  ===========================================
+
+Every arm makes the same number of passes over each image. "Zero-shot" is the federated arm before round 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from medfed.study import POOLED_SITE, StudyConfig
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One federation of a simulation.
+
+    Attributes:
+        scope: its name in messages, metrics and folders.
+        train_sites: sites that train.
+        evaluate_sites: sites on whose held-out patients it is evaluated.
+        evaluate_initial: whether the untrained adapter is evaluated too.
+    """
+
+    scope: str
+    train_sites: tuple[str, ...]
+    evaluate_sites: tuple[str, ...]
+    evaluate_initial: bool
+
+    def folder(self, run_dir: Path) -> Path:
+        """Where its checkpoint and metrics live."""
+        return run_dir if self.scope == "federated" else run_dir / "arms" / self.scope
+
+    def run_config(self, study: StudyConfig, run_dir: Path) -> dict[str, bool | float | int | str]:
+        """The run configuration of the server app."""
+        return {
+            "study": study.canonical.decode("utf-8"),
+            "run-dir": str(self.folder(run_dir)),
+            "scope": self.scope,
+            "train-sites": ",".join(self.train_sites),
+            "evaluate-sites": ",".join(self.evaluate_sites),
+            "evaluate-initial": self.evaluate_initial,
+        }
+
+
+def arms_of(study: StudyConfig, *, baselines: bool) -> list[Arm]:
+    """The arms of a simulation, those that take longest first."""
+    sites = study.site_names
+    federated = Arm("federated", sites, sites, evaluate_initial=True)
+    if not baselines or len(sites) == 1:
+        return [federated]
+    pooled = Arm("pooled", (POOLED_SITE,), sites, evaluate_initial=False)
+    local = [Arm(f"local-{site}", (site,), (site,), evaluate_initial=False) for site in sites]
+    return [pooled, federated, *local]

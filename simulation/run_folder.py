@@ -1,0 +1,72 @@
+"""A run folder: everything a run leaves behind, and all that ``--resume`` needs.
+
+::
+
+    runs/<study>-<time>/
+        study.json                 the resolved study, canonical
+        sites.json                 the virtual sites and where their data is
+        checkpoint.safetensors     the federated arm after its last round
+        metrics.jsonl              its metrics, one JSON object per line
+        arms/<scope>/              the same for every other arm
+        adapter/                   the final adapter, a standard PEFT folder
+        summary.json  report.html  figures/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from medfed.errors import CheckpointError
+from medfed.study import StudyConfig, parse_study
+from server.checkpoint import write_durably
+
+
+def new_run_folder(parent: Path, study_name: str) -> Path:
+    """A new, empty folder ``<parent>/<study>-<local time>``, with a suffix if that exists."""
+    stem = f"{study_name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
+        folder = parent / f"{stem}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder.resolve()
+    raise CheckpointError(f"Expected to make a run folder {parent / stem}, got too many of that name.")
+
+
+def store_study(folder: Path, study: StudyConfig) -> None:
+    """Write the resolved study."""
+    write_durably(folder / "study.json", study.canonical)
+
+
+def stored_study(folder: Path) -> StudyConfig:
+    """The resolved study of a run.
+
+    Raises:
+        CheckpointError: if the folder is not one of a run.
+        StudyError: if its study was changed.
+    """
+    path = folder / "study.json"
+    if not path.is_file():
+        raise CheckpointError(f"Expected a run folder with study.json, got {folder}; check the path.")
+    return parse_study(path.read_bytes())
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the folder's ``metrics.jsonl``; empty if there is none yet."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cache_folder() -> Path:
+    """Where cohorts and encrypted features are kept: ``MEDFED_CACHE``, else the user's cache folder."""
+    return Path(os.environ.get("MEDFED_CACHE") or Path.home() / ".cache" / "medfed").resolve()
+
+
+def config_folder() -> Path:
+    """Where keys are kept: ``MEDFED_CONFIG``, else the user's configuration folder."""
+    return Path(os.environ.get("MEDFED_CONFIG") or Path.home() / ".config" / "medfed").resolve()

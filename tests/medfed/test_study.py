@@ -1,0 +1,141 @@
+"""Study files: one clear line for every mistake, one digest for every study."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medfed.adapter_manifest import AdapterManifest
+from medfed.errors import StudyError
+from medfed.study import StudyConfig, parse_study, read_study
+
+VALID: dict[str, Any] = {
+    "name": "example",
+    "seed": 7,
+    "backbone": {"name": "lite-medsam", "sha256": "0" * 64},
+    "adapter": {"rank": 4, "alpha": 8.0, "targets": "decoder-qv"},
+    "task": {"kind": "segmentation", "classes": ["thalamus"]},
+    "training": {"local_epochs": 1, "batch_size": 2, "learning_rate": 1e-3},
+    "rounds": {"num_rounds": 2},
+    "cohort": {"kind": "brain-structures"},
+    "sites": [
+        {"name": "north", "scanner": "reference-3t", "train_patients": 2, "test_patients": 1},
+        {"name": "south", "scanner": "reference-3t", "train_patients": 2, "test_patients": 1},
+    ],
+}
+
+TEXT = """
+name = "example"
+seed = 7
+[backbone]
+name = "lite-medsam"
+sha256 = "0000000000000000000000000000000000000000000000000000000000000000"
+[adapter]
+rank = 4
+alpha = 8.0
+targets = "decoder-qv"
+[task]
+kind = "segmentation"
+classes = ["thalamus"]
+[training]
+local_epochs = 1
+batch_size = 2
+learning_rate = 1e-3
+[rounds]
+num_rounds = 2
+[cohort]
+kind = "brain-structures"
+[[sites]]
+name = "north"
+scanner = "reference-3t"
+train_patients = 2
+test_patients = 1
+[[sites]]
+name = "south"
+scanner = "reference-3t"
+train_patients = 2
+test_patients = 1
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "study.toml"
+    path.write_text(text)
+    return path
+
+
+def test_file_and_object_are_the_same_study(tmp_path: Path) -> None:
+    assert read_study(write(tmp_path, TEXT)) == StudyConfig.model_validate(VALID)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("batch_size", "batch_sise", r"unknown key 'training.batch_sise'; did you mean 'batch_size'\?"),
+        ("seed = 7", "seed = 7\nepsilon = 3", "unknown key 'epsilon'"),
+        ("rank = 4", "rank = 0", "adapter.rank"),
+        ('targets = "decoder-qv"', 'targets = "regex:("', "not a regular expression"),
+        ("0000000000", "xyz", "backbone.sha256"),
+        ("num_rounds = 2", "num_rounds = 2\nquorum = 3", "quorum is 3 but there are 2 sites"),
+        ('name = "south"', 'name = "north"', "site 'north' appears twice"),
+        ('name = "south"', 'name = "pooled"', "reserved"),
+        ('name = "south"', 'name = "../south"', "sites.1.name"),
+        ('kind = "brain-structures"', 'kind = "brain-lesions"', "classification cohort"),
+        ('kind = "segmentation"', 'kind = "detection"', "task"),
+        ('classes = ["thalamus"]', "classes = []", "task.classes"),
+        ('scanner = "reference-3t"\n', "", "scanner is missing"),
+        ('[cohort]\nkind = "brain-structures"\n', "", "needs a \\[cohort\\] section"),
+        ("learning_rate = 1e-3", 'learning_rate = 1e-3\noptimizer="sgd"\nweight_decay=0.1', "weight_decay needs"),
+        ("[rounds]", "[rounds", "valid TOML"),
+    ],
+)
+def test_mistake_gives_one_line_that_names_it(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    assert old in TEXT
+    with pytest.raises(StudyError, match=expected) as caught:
+        read_study(write(tmp_path, TEXT.replace(old, new, 1)))
+    assert "\n" not in str(caught.value)
+    assert "study.toml" in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="nowhere.toml"):
+        read_study(tmp_path / "nowhere.toml")
+
+
+def test_site_data_is_relative_to_the_study_file_and_must_exist(tmp_path: Path) -> None:
+    text = TEXT.split("[cohort]")[0] + '[[sites]]\nname = "north"\ndata = "north/manifest.csv"\n'
+    with pytest.raises(StudyError, match="manifest.csv"):
+        read_study(write(tmp_path, text))
+    (tmp_path / "north").mkdir()
+    (tmp_path / "north" / "manifest.csv").write_text("image\n")
+    assert read_study(write(tmp_path, text)).sites[0].data == tmp_path / "north" / "manifest.csv"
+
+
+def test_digest_covers_the_manifest_and_is_never_stale() -> None:
+    study = StudyConfig.model_validate(VALID)
+    before = study.digest, study.model_digest
+    manifest = AdapterManifest.of({"a": torch.zeros(2)}, method="lora", rank=1)
+    resolved = study.with_manifest(manifest)
+    assert resolved.digest != before[0]
+    assert resolved.model_digest == before[1]
+    assert resolved.resolved_manifest == manifest
+    with pytest.raises(StudyError, match="resolve"):
+        _ = study.resolved_manifest
+
+
+def test_study_survives_the_wire_and_nothing_else_does() -> None:
+    study = StudyConfig.model_validate(VALID)
+    assert parse_study(study.canonical, digest=study.digest) == study
+    with pytest.raises(StudyError, match="digest"):
+        parse_study(study.canonical.replace(b'"seed":7', b'"seed":8'), digest=study.digest)
+    with pytest.raises(StudyError, match="canonical"):
+        parse_study(study.canonical.replace(b'"seed":7', b'"seed": 7'))
+    with pytest.raises(StudyError):
+        parse_study(b"\xff not a study")
+
+
+def test_study_is_immutable() -> None:
+    study = StudyConfig.model_validate(VALID)
+    with pytest.raises(ValueError, match="frozen"):
+        study.seed = 8  # type: ignore[misc]
