@@ -235,24 +235,27 @@ def _read_item(
 
 
 def _read_array(path: Path, where: str) -> np.ndarray:
-    """The file's array as float32, without singleton axes."""
+    """The file's array as float32, without singleton axes, axes as the file has them."""
     try:
         if path.suffix == ".npy":
             array = np.load(path, allow_pickle=False)
         else:
-            array = np.asarray(_image_loader()(str(path)))
+            reader = _reader(path.name)
+            array, _ = reader.get_data(reader.read(str(path)))
     except Exception as error:  # readers of four formats raise whatever they like; the answer is the same
-        raise DataError(
-            f"{where}: expected a readable image at {path}, got {type(error).__name__}: {error}."
-        ) from None
+        raise DataError(f"{where}: expected a readable image at {path}, got {type(error).__name__}: {error}.") from None
     return np.asarray(array, dtype=np.float32).squeeze()
 
 
-@lru_cache(maxsize=1)
-def _image_loader() -> Any:
-    from monai.transforms import LoadImage
+def _reader(file_name: str) -> Any:
+    """MONAI's reader for a file name; DICOM for names it does not know."""
+    from monai.data.image_reader import NibabelReader, PILReader, PydicomReader
 
-    return LoadImage(image_only=True)
+    if file_name.endswith((".nii", ".nii.gz")):
+        return NibabelReader()
+    if file_name.lower().endswith((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")):
+        return PILReader(reverse_indexing=False)
+    return PydicomReader(swap_ij=False)
 
 
 def preprocess(array: np.ndarray, pixels: PixelSpec, *, where: str) -> Tensor:

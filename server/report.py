@@ -161,7 +161,8 @@ def _facts(study: StudyConfig, results: Results) -> list[tuple[str, str]]:
     manifest = study.resolved_manifest
     training, adapter = study.training, study.adapter
     update_bytes = _BYTES_PER_ELEMENT * manifest.num_elements + HEADER_BYTES
-    weighed = "its number of training images" if study.strategy.weighting == "examples" else "one each"
+    by_size = study.strategy.weighting == "examples"
+    weighed = "a site counts by its number of training images" if by_size else "every site counts the same"
     epochs = f"{training.local_epochs} local epoch{'s' if training.local_epochs > 1 else ''}"
     decay = f", weight decay {training.weight_decay:g}" if training.weight_decay else ""
     return [
@@ -185,7 +186,7 @@ def _facts(study: StudyConfig, results: Results) -> list[tuple[str, str]]:
             f"{epochs} in batches of {training.batch_size}, {training.optimizer} with learning rate "
             f"{training.learning_rate:g}{decay}, augmentation {training.augmentation}",
         ),
-        ("Aggregation", f"{study.strategy.name}; a site weighs {weighed}"),
+        ("Aggregation", f"{study.strategy.name}; {weighed}"),
         ("Time", f"{results.wall_s:,.0f} s on one machine, all arms together"),
     ]
 

@@ -22,7 +22,7 @@ _MARKS: Mapping[Column, tuple[str, str]] = {
     "federated": ("#2a7fc4", "D"),
     "pooled": ("#0f9470", "^"),
 }
-_SITE_COLOURS = ("#2a7fc4", "#c77700", "#0f9470", "#c2569b", "#7a6fd0", "#a08a00", "#c24a3a", "#3a9db5")
+_SITE_COLOURS = ("#7a6fd0", "#c2569b", "#9a8500", "#3a9db5", "#c24a3a", "#5f8f3a", "#8a6a4f", "#6f7f94")
 
 
 def draw_scores(results: Results, labels: Mapping[Column, str]) -> str:
@@ -31,7 +31,7 @@ def draw_scores(results: Results, labels: Mapping[Column, str]) -> str:
 
     sites, columns = list(results.sites), results.columns
     with _style("scores"):
-        figure = Figure(figsize=(_WIDTH_IN, 1.2 + 0.5 * len(sites)), layout="constrained")
+        figure = Figure(figsize=(_WIDTH_IN, 1.2 + 0.65 * len(sites)), layout="constrained")
         axes = figure.add_subplot()
         for column in columns:
             colour, shape = _MARKS[column]

@@ -21,7 +21,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -106,6 +106,7 @@ class InProcessGrid(Grid):
         run_config: ``Context.run_config`` of the server and of every node.
         workers: 0 runs each message in the thread that sends it; N forks N processes at the first message,
             or at :meth:`start`. Load the backbone before that, and use it on no other thread meanwhile.
+        on_reply: is called with every reply as it comes, from any thread, for progress; must not change it.
 
     Raises:
         ValueError: no nodes, a node id that is not above the server's, or ``workers < 0``.
@@ -118,6 +119,7 @@ class InProcessGrid(Grid):
         node_configs: Mapping[int, UserConfig] | Sequence[UserConfig],
         run_config: UserConfig,
         workers: int = 0,
+        on_reply: Callable[[Message], None] | None = None,
     ) -> None:
         if workers < 0:
             raise ValueError(f"Expected workers >= 0, got {workers}.")
@@ -125,6 +127,7 @@ class InProcessGrid(Grid):
         self._nodes = _nodes_from(node_configs)
         self._run_config = dict(run_config)
         self._num_workers = workers
+        self._on_reply = on_reply
         self._workers: list[ForkedWorker[_Work, _Work]] = []
         self._carriers: list[threading.Thread] = []
         self._ready: SimpleQueue[_Node | None] = SimpleQueue()
@@ -337,7 +340,7 @@ class InProcessGrid(Grid):
         finally:
             node.turn.release()
         if deadline_s is None or time.monotonic() <= deadline_s:
-            errand.reply.set_result(reply)
+            self._deliver(reply, errand)
 
     def _hand_to_workers(self, errands: list[_Errand]) -> None:
         self.start()
@@ -379,6 +382,11 @@ class InProcessGrid(Grid):
         ) as failure:  # ours (a fork refused, a bug): for the sender to see, not this thread
             errand.reply.set_exception(failure)
             return
+        self._deliver(reply, errand)
+
+    def _deliver(self, reply: Message, errand: _Errand) -> None:
+        if self._on_reply is not None:
+            self._on_reply(reply)
         errand.reply.set_result(reply)
 
     def _answer_in_worker(self, request: _Work) -> _Work:

@@ -19,7 +19,13 @@ from rich.progress import (
 
 
 class Reporter(ABC):
-    """Is told what a simulation does; may be called from several threads."""
+    """Is told what a simulation does; may be called from several threads.
+
+    Attributes:
+        run_dir: the run folder, once there is one.
+    """
+
+    run_dir: Path | None = None
 
     @abstractmethod
     def stage(self, text: str) -> None:
@@ -33,9 +39,9 @@ class Reporter(ABC):
     def step(self, steps: int = 1) -> None:
         """Some of them are done."""
 
-    @abstractmethod
     def folder(self, path: Path) -> None:
-        """The run folder is there: from now on the run can be resumed."""
+        """The run folder is there: from now on the run can be resumed from it."""
+        self.run_dir = path
 
 
 class Silent(Reporter):
@@ -48,9 +54,6 @@ class Silent(Reporter):
         """Nothing."""
 
     def step(self, steps: int = 1) -> None:
-        """Nothing."""
-
-    def folder(self, path: Path) -> None:
         """Nothing."""
 
 
@@ -72,9 +75,6 @@ class Bar(Reporter):
     def step(self, steps: int = 1) -> None:
         """Advance the bar."""
         self._progress.advance(self._task, steps)
-
-    def folder(self, path: Path) -> None:
-        """Nothing: a bar shows work, not places."""
 
 
 @contextmanager

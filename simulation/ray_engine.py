@@ -59,8 +59,12 @@ def run_on_ray(
     """Run both apps, unmodified, on Flower's Ray engine and return the server's context.
 
     A local Ray is started on loopback (unless this process imported Ray before), without dashboard or usage
-    report, and is gone on return; its own logs stay in ``/tmp/ray``. For a cluster call ``ray.init(address=...)``
-    first: it is used as it is, with as many actors as it has CPUs, and disconnected on return. Every node has
+    report, and is stopped on return (a worker may need a moment more); its logs stay in ``/tmp/ray``.
+
+    For a cluster call ``ray.init(address=...)`` first: it is used as it is, with as many actors as it has CPUs,
+    and disconnected on return (not tested).
+
+    Every node has
     ``Context.node_config`` ``{"partition-id": i, "num-partitions": num_nodes}`` and nothing else. Ray pickles
     the client app with every message: let it load its model on first use and keep it in its module.
 
@@ -206,8 +210,12 @@ def _ray_ended_on_leaving() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        started = set(psutil.Process().children(recursive=True)) - others
-        _, late = psutil.wait_procs(filter(_belongs_to_ray, started), timeout=_RAY_GRACE_S)
+        deadline_s = time.monotonic() + _RAY_GRACE_S
+        while (started := set(psutil.Process().children(recursive=True)) - others) and (
+            time.monotonic() < deadline_s
+        ):
+            psutil.wait_procs(started, timeout=_NODES_POLL_S)
+        late = list(filter(_belongs_to_ray, started))
         for process in late:
             process.kill()
         psutil.wait_procs(late, timeout=_RAY_GRACE_S)

@@ -1,16 +1,21 @@
 """What every test may rely on: one thread, fixed examples, folders of its own, no network."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from medfed.study import StudyConfig
 
 torch.set_num_threads(1)
 settings.register_profile("medfed", derandomize=True, deadline=None)
@@ -33,3 +38,53 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def make_cohort(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a small segmentation cohort of one site and returns its manifest.
+
+    Images are 64 x 64 noise with two bright squares, which are classes 1 and 2.
+    """
+
+    def make(site: str = "north", *, train: int = 3, test: int = 2, seed: int = 0) -> Path:
+        folder = tmp_path / "cohorts" / site
+        folder.mkdir(parents=True)
+        generator = np.random.default_rng([seed, *site.encode()])
+        rows = ["image,label,patient_id,split,side"]
+        for number in range(train + test):
+            label = np.zeros((64, 64), dtype=np.uint8)
+            x, y = generator.integers(4, 24, size=2)
+            label[y : y + 12, x : x + 12] = 1
+            label[y + 20 : y + 36, x + 16 : x + 30] = 2
+            image = (generator.normal(0, 10, size=(64, 64)) + 60.0 * label).astype(np.float32)
+            for name, array in (("image", image), ("label", label)):
+                nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), folder / f"{name}{number}.nii.gz")
+            split = "train" if number < train else "test"
+            rows.append(f"image{number}.nii.gz,label{number}.nii.gz,{site}-{number},{split},{number % 2}")
+        (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+        return folder / "manifest.csv"
+
+    return make
+
+
+@pytest.fixture
+def make_study(make_cohort: Callable[..., Path]) -> Callable[..., StudyConfig]:
+    """A study of the random stand-in segmenter on small cohorts; keyword arguments replace sections."""
+
+    def make(sites: tuple[str, ...] = ("north", "south"), **sections: Any) -> StudyConfig:
+        return StudyConfig.model_validate(
+            {
+                "name": "small",
+                "seed": 5,
+                "backbone": {"name": "stand-in-segmenter", "sha256": "0" * 64},
+                "adapter": {"rank": 2, "alpha": 4.0, "targets": "decoder-qv"},
+                "task": {"kind": "segmentation", "classes": ["near", "far"]},
+                "training": {"local_epochs": 1, "batch_size": 2, "learning_rate": 0.01},
+                "rounds": {"num_rounds": 2},
+                "sites": [{"name": site, "data": make_cohort(site)} for site in sites],
+                **sections,
+            }
+        )
+
+    return make

@@ -104,6 +104,31 @@ def _vit_s_focus(task: SegmentationConfig | ClassificationConfig, generator: tor
     )
 
 
+def _stand_in_segmenter(
+    _task: SegmentationConfig | ClassificationConfig, generator: torch.Generator
+) -> nn.Module:
+    from medfed.models.lite_medsam import LiteMedSamConfig, build_lite_medsam
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        return build_lite_medsam(LiteMedSamConfig.tiny())
+
+
+def _stand_in_classifier(
+    task: SegmentationConfig | ClassificationConfig, generator: torch.Generator
+) -> nn.Module:
+    from medfed.models.vit_classifier import tiny_vit_classifier
+
+    targets = cast(ClassificationConfig, task).targets
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        return tiny_vit_classifier(
+            {name: len(classes) for name, classes in targets.items()}, generator=generator
+        )
+
+
+_DECODER_QV = r"mask_decoder\.transformer\..*\.(q_proj|v_proj)"
+
 register_backbone(
     "lite-medsam",
     Backbone(
@@ -112,7 +137,7 @@ register_backbone(
         pixels=PixelSpec(image_size=256),
         task_kind="segmentation",
         presets={
-            "decoder-qv": r"mask_decoder\.transformer\..*\.(q_proj|v_proj)",
+            "decoder-qv": _DECODER_QV,
             "decoder-attention": r"mask_decoder\.transformer\..*\.(q_proj|k_proj|v_proj|out_proj)",
             "decoder": r"mask_decoder\.(transformer\..*\.(q_proj|k_proj|v_proj|out_proj|lin1|lin2)"
             r"|output_hypernetworks_mlps\.0\.layers\.\d)",
@@ -133,6 +158,29 @@ register_backbone(
             "last-quarter": r"backbone\.encoder\.layer\.(9|10|11)\.attention\.(q_proj|v_proj)",
             "all-blocks": r"backbone\.encoder\.layer\.\d+\.attention\.(q_proj|v_proj)",
         },
+        heads=("head",),
+    ),
+)
+
+# Random weights in the shapes of the real architectures: for tests and for trying a set-up, never pretrained.
+register_backbone(
+    "stand-in-segmenter",
+    Backbone(
+        build=_stand_in_segmenter,
+        weights=None,
+        pixels=PixelSpec(image_size=64),
+        task_kind="segmentation",
+        presets={"decoder-qv": _DECODER_QV},
+    ),
+)
+register_backbone(
+    "stand-in-classifier",
+    Backbone(
+        build=_stand_in_classifier,
+        weights=None,
+        pixels=PixelSpec(image_size=28, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        task_kind="classification",
+        presets={"last-block": r"backbone\.encoder\.layer\.3\.attention\.(q_proj|v_proj)"},
         heads=("head",),
     ),
 )

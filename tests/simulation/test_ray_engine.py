@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -50,7 +51,9 @@ with InProcessGrid(ray_apps.client_app, node_configs=[{}] * 3, run_config=config
     here = grid.run_server_app(ray_apps.server_app)
 assert dict(on_ray.state["seen"]) == dict(here.state["seen"]), (on_ray.state["seen"], here.state["seen"])
 assert len(here.state["seen"]["replies"]) == 9
-left = [p.as_dict(["pid", "name", "status", "cmdline"]) for p in psutil.Process().children(recursive=True)]
+# Flower's event() runs `file -b python` for a moment in a thread of its own, whether or not telemetry is on.
+psutil.wait_procs(psutil.Process().children(recursive=True), timeout=3)
+left = psutil.Process().children(recursive=True)
 assert left == [], f"Ray left processes behind: {left}"
 print("ENGINES AGREE")
 """
@@ -79,7 +82,11 @@ def test_ray_and_the_in_process_grid_agree_and_ray_leaves_nothing_behind() -> No
     )
     assert "ENGINES AGREE" in done.stdout, done.stdout + done.stderr
     assert "patient_0042" not in done.stdout + done.stderr
-    assert ray_pids() <= before
+    # Workers that outlive Ray's raylet for a moment are no longer children of the process that started it.
+    give_up = time.monotonic() + 10
+    while left := ray_pids() - before:
+        assert time.monotonic() < give_up, left
+        time.sleep(0.1)
 
 
 def test_missing_ray_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,156 @@
+"""``medfed simulate``: one progress bar, one table, one report."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from server.results import Column, Results
+    from simulation.harness import Run
+    from simulation.progress import Reporter
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT."""
+
+_Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@app.command(no_args_is_help=True)
+def simulate(
+    study: Annotated[
+        Path | None, typer.Argument(metavar="STUDY.toml", help="Study file.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN_DIR", help="Go on with a run that was stopped, in place of a study file."),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the run folder is made.")] = Path("runs"),
+    engine: Annotated[
+        Literal["in-process", "ray"], typer.Option(help="ray runs the federated arm on Flower's Ray engine.")
+    ] = "in-process",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Processes that train sites; 0 for none; one per core by default."
+        ),
+    ] = None,
+    device: Annotated[_Device, typer.Option(help="Where sites compute.")] = "auto",
+    no_baselines: Annotated[
+        bool, typer.Option("--no-baselines", help="Leave out the local-only and pooled arms.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object and nothing else.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the run folder and nothing else.")] = False,
+) -> None:
+    """Simulate a federated study on virtual hospitals in this machine.
+
+    Trains one adapter over all sites, and for comparison one at each site alone and one on all data pooled.
+    Leaves a run folder with the adapter, the metrics and report.html.
+
+    [bold]Examples[/bold]
+
+      medfed simulate examples/brain-structures.toml
+
+      medfed simulate study.toml --no-baselines --json > result.json
+
+      medfed simulate --resume runs/brain-structures-20260101-120000
+    """
+    from rich.console import Console
+
+    from simulation.harness import simulate as run_study
+
+    def work(reporter: Reporter) -> Run:
+        return run_study(
+            study,
+            resume=resume,
+            out=out,
+            engine=engine,
+            workers=workers,
+            device=device,
+            baselines=not no_baselines,
+            reporter=reporter,
+        )
+
+    # Standard output carries the result and nothing else: whatever a library prints meanwhile goes to stderr.
+    with contextlib.redirect_stdout(sys.stderr):
+        run = _run(work, Console(stderr=True, quiet=quiet or as_json))
+    if as_json:
+        typer.echo(run.summary.model_dump_json())
+    elif quiet:
+        typer.echo(str(run.folder))
+    else:
+        _show(run, Console())
+
+
+def _run(work: Callable[[Reporter], Run], console: Console) -> Run:
+    """Run under a progress bar; Ctrl-C ends the process with one line that says how to go on."""
+    from simulation.progress import bar
+
+    with bar(console) as reporter:
+        try:
+            return work(reporter)
+        except KeyboardInterrupt:
+            folder = reporter.run_dir
+    how = f"go on with: medfed simulate --resume {folder}" if folder else "nothing was trained yet"
+    typer.echo(f"medfed: stopped; {how}", err=True)
+    sys.exit(INTERRUPTED)
+
+
+def _show(run: Run, console: Console) -> None:
+    """The table, the privacy sentence in red, where the images come from, and where the results are."""
+    from server.report import REPORT
+    from server.results import column_labels, read_results
+    from simulation.run_folder import stored_study
+
+    results, task = read_results(run.folder), stored_study(run.folder).task
+    part = "structure" if task.kind == "segmentation" else "target"
+    console.print(_table(results, column_labels(task.kind), part))
+    console.print(results.privacy, style="bold red", markup=False, highlight=False)
+    console.print(results.cohort, markup=False, highlight=False)
+    for what, place in (("report", run.folder / REPORT), ("adapter", run.folder / "adapter")):
+        console.print(f"{what:<8} {place}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _table(results: Results, labels: Mapping[Column, str], part: str) -> Table:
+    """Sites by parts, one column for each arm that was run; the best trained arm in bold."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from server.results import DECIMALS, rows_of
+
+    table = Table(
+        title=f"{results.study}: {results.metric_name} on held-out patients",
+        title_style="",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("site")
+    table.add_column(part)
+    for column in results.columns:
+        table.add_column(labels[column], justify="right")
+    previous = None
+    for row in rows_of(results):
+        if row.kind == "mean":
+            table.add_section()
+        cells = [
+            Text(
+                f"{row.values[column]:.{DECIMALS}f}" if column in row.values else "-",
+                style="bold" if column in row.best else "",
+            )
+            for column in results.columns
+        ]
+        table.add_row(Text(row.site if row.site != previous else ""), Text(row.part), *cells)
+        previous = row.site
+    return table

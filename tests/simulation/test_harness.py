@@ -1,0 +1,189 @@
+"""Whole simulations on stand-in backbones: the same apps, every engine, kill and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medfed.errors import CheckpointError, DataError, MedfedError, StudyError
+from medfed.study import StudyConfig
+from server.checkpoint import read_checkpoint
+from simulation.harness import Run, simulate
+from simulation.run_folder import metrics_of, stored_study
+
+MakeStudy = Callable[..., StudyConfig]
+
+
+def write_study(path: Path, study: StudyConfig) -> Path:
+    """The study as TOML; the part of TOML that studies need."""
+
+    def section(name: str, values: dict[str, Any]) -> str:
+        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+        return "\n".join([f"[{name}]", *lines])
+
+    data = study.model_dump(mode="json", exclude={"manifest", "cohort"})
+    text = [f"name = {json.dumps(data['name'])}", f"seed = {data['seed']}"]
+    for name, values in data.items():
+        if isinstance(values, dict):
+            text.append(section(name, values))
+    text += [section("[sites]", site) for site in data["sites"]]
+    path.write_text("\n".join(text) + "\n")
+    return path
+
+
+def adapter_of(run: Run) -> torch.Tensor:
+    study = stored_study(run.folder)
+    state = read_checkpoint(run.folder, study.resolved_manifest, study_digest=study.digest, scope="federated")
+    assert state is not None
+    return state.adapter_P
+
+
+def test_run_leaves_everything_it_promises(make_study: MakeStudy, tmp_path: Path) -> None:
+    run = simulate(write_study(tmp_path / "s.toml", make_study()), out=tmp_path / "runs", workers=0)
+    names = {path.name for path in run.folder.iterdir()}
+    assert names >= {
+        "study.json", "sites.json", "metrics.jsonl", "adapter", "arms", "summary.json", "report.html", "figures",
+    }  # fmt: skip
+    assert {p.name for p in (run.folder / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(run.summary.sites) == {"north", "south"}
+    for site in run.summary.sites.values():
+        assert set(site["dice"]) == {"zero_shot", "local_only", "federated", "pooled"}
+    assert json.loads((run.folder / "summary.json").read_text())["mean"] == run.summary.mean
+    assert {line["scope"] for line in metrics_of(run.folder)} == {"federated"}
+
+
+def test_adapter_folder_loads_with_peft_and_gives_the_same_masks(make_study: MakeStudy, tmp_path: Path) -> None:
+    import medfed
+    from medfed.models.adapted import AdaptedModel
+
+    run = simulate(write_study(tmp_path / "s.toml", make_study()), out=tmp_path / "runs", workers=0)
+    trained_P = adapter_of(run)
+    model = AdaptedModel(stored_study(run.folder), torch.device("cpu"))
+    fresh = AdaptedModel(stored_study(run.folder), torch.device("cpu"))._peft.unload()
+    loaded = medfed.load_adapter(run.folder / "adapter", fresh).get_base_model()
+    model.load(trained_P)
+    model.train(False)
+    image, box = torch.rand(1, 3, 64, 64), torch.tensor([[4.0, 4.0, 40.0, 40.0]])
+    owner = torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        assert torch.equal(loaded(image, box, owner), model.backbone(image, box, owner))
+    stored = load_file(run.folder / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(model.manifest.flatten(stored), trained_P)
+
+
+@pytest.mark.process
+def test_result_is_bit_identical_for_any_number_of_workers(make_study: MakeStudy, tmp_path: Path) -> None:
+    path = write_study(tmp_path / "s.toml", make_study())
+    runs = [simulate(path, out=tmp_path / f"runs{n}", workers=n) for n in (0, 1, 2)]
+    for other in runs[1:]:
+        assert torch.equal(adapter_of(runs[0]), adapter_of(other))
+        assert (runs[0].folder / "metrics.jsonl").read_bytes() == (other.folder / "metrics.jsonl").read_bytes()
+        assert runs[0].summary.sites == other.summary.sites
+
+
+def test_same_study_and_seed_give_the_same_metrics(make_study: MakeStudy, tmp_path: Path) -> None:
+    path = write_study(tmp_path / "s.toml", make_study())
+    first, second = (simulate(path, out=tmp_path / name, workers=0, baselines=False) for name in ("a", "b"))
+    assert (first.folder / "metrics.jsonl").read_bytes() == (second.folder / "metrics.jsonl").read_bytes()
+    assert torch.equal(adapter_of(first), adapter_of(second))
+
+
+def test_another_seed_gives_another_adapter(make_study: MakeStudy, tmp_path: Path) -> None:
+    study = make_study()
+    runs = [
+        simulate(write_study(tmp_path / f"{seed}.toml", study.replace(seed=seed)), out=tmp_path, workers=0, baselines=False)
+        for seed in (1, 2)
+    ]
+    assert not torch.equal(adapter_of(runs[0]), adapter_of(runs[1]))
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_killed_run_is_resumed_to_the_same_adapter_bit_for_bit(make_study: MakeStudy, tmp_path: Path) -> None:
+    study = make_study(rounds={"num_rounds": 12}, training={"local_epochs": 4, "batch_size": 1, "learning_rate": 0.01})
+    path = write_study(tmp_path / "s.toml", study)
+    command = [sys.executable, "-m", "medfed", "simulate", str(path), "--workers", "2", "--json"]
+    with subprocess.Popen([*command, "--out", str(tmp_path / "killed")], start_new_session=True) as process:
+        checkpoint = _wait_for(tmp_path / "killed", "*/metrics.jsonl", b'"round": 2')
+        os.killpg(process.pid, signal.SIGKILL)
+    folder = checkpoint.parent
+    assert not (folder / "summary.json").exists()
+    stopped_at = max(line["round"] for line in metrics_of(folder))
+    assert 2 <= stopped_at < 12
+
+    done = subprocess.run([*command[:3], "simulate", "--resume", str(folder), "--json"], capture_output=True, check=True)
+    resumed = json.loads(done.stdout)
+    undisturbed = simulate(path, out=tmp_path / "undisturbed", workers=0)
+    assert resumed["sites"] == undisturbed.summary.model_dump()["sites"]
+    assert (folder / "metrics.jsonl").read_bytes() == (undisturbed.folder / "metrics.jsonl").read_bytes()
+    same = load_file(folder / "adapter/adapter_model.safetensors")
+    other = load_file(undisturbed.folder / "adapter/adapter_model.safetensors")
+    assert all(torch.equal(same[name], other[name]) for name in other)
+
+
+def _wait_for(root: Path, pattern: str, content: bytes, timeout_s: float = 90.0) -> Path:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        for path in root.glob(pattern):
+            if content in path.read_bytes():
+                return path
+        time.sleep(0.02)
+    raise AssertionError(f"no {pattern} with {content!r} in {root} within {timeout_s} s")
+
+
+def test_site_that_cannot_be_read_stops_the_run_before_it_starts(make_study: MakeStudy, tmp_path: Path) -> None:
+    import nibabel
+
+    study = make_study()
+    image = next((tmp_path / "cohorts" / "south").glob("image0*"))
+    nibabel.save(nibabel.Nifti1Image(np.full((64, 64), np.nan, np.float32), np.eye(4)), image)
+    with pytest.raises(DataError, match="row 2: .*image0.nii.gz: expected finite voxels"):
+        simulate(write_study(tmp_path / "s.toml", study), out=tmp_path / "runs", workers=0)
+
+
+def test_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="study.json"):
+        simulate(resume=tmp_path)
+    with pytest.raises(StudyError, match="one of them"):
+        simulate()
+
+
+def test_wrong_backbone_digest_is_refused_with_the_right_one(make_study: MakeStudy, tmp_path: Path) -> None:
+    study = make_study(backbone={"name": "stand-in-segmenter", "sha256": "1" * 64})
+    with pytest.raises(MedfedError, match="backbone.sha256 = 0000"):
+        simulate(write_study(tmp_path / "s.toml", study), out=tmp_path / "runs")
+
+
+def test_classification_study_runs_with_its_heads(make_study: MakeStudy, tmp_path: Path) -> None:
+    study = make_study(
+        backbone={"name": "stand-in-classifier", "sha256": "0" * 64},
+        adapter={"rank": 2, "alpha": 4.0, "targets": "last-block"},
+        task={"kind": "classification", "targets": {"side": ("left", "right")}},
+    )
+    path = tmp_path / "s.toml"
+    write_study(path, study)
+    path.write_text(path.read_text().replace('{"side": ["left", "right"]}', '{side = ["left", "right"]}'))
+    run = simulate(path, out=tmp_path / "runs", workers=0)
+    assert set(run.summary.sites["north"]) == {"balanced-accuracy", "balanced-accuracy/side"}
+    stored = load_file(run.folder / "adapter" / "adapter_model.safetensors")
+    assert any("head" in name for name in stored)
+    assert any("lora_A" in name for name in stored)
+
+
+def test_arms_make_the_same_number_of_passes_over_every_image(make_study: MakeStudy, tmp_path: Path) -> None:
+    run = simulate(write_study(tmp_path / "s.toml", make_study()), out=tmp_path / "runs", workers=0)
+    rounds = {
+        scope: len({line["round"] for line in metrics_of(run.folder / "arms" / scope) if line["event"] == "train"})
+        for scope in ("pooled", "local-north", "local-south")
+    }
+    assert set(rounds.values()) == {2}
