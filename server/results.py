@@ -169,20 +169,25 @@ def result_sentence(results: Results, labels: Mapping[Column, str]) -> str:
 
 
 def caveats(results: Results, labels: Mapping[Column, str]) -> list[str]:
-    """What the mean hides: the sites that federation does not help, one sentence for each kind of loss."""
+    """Where federation loses, site by site and in the mean: one sentence for each kind of loss."""
     found = []
     kinds: dict[Column, str] = {
-        "zero_shot": f"Federated is below {labels['zero_shot']} at",
-        "local_only": "Training alone beats federated at",
+        "zero_shot": f"Federated is below {labels['zero_shot']}",
+        "local_only": "Training alone beats federated",
     }
     for column, what in kinds.items():
-        losers = []
-        for site in results.sites:
-            other, federated = results.score(site, column), results.score(site, "federated")
-            if other is not None and federated is not None and _shown(other) > _shown(federated):
-                losers.append(f"{site} ({_shown(other)} against {_shown(federated)})")
+        scores = {
+            site: (results.score(site, column), results.score(site, "federated")) for site in results.sites
+        }
+        if len(scores) > 1:
+            scores["mean of sites"] = (results.mean.get(column), results.mean.get("federated"))
+        losers = [
+            f"{where} ({_shown(other)} against {_shown(federated)})"
+            for where, (other, federated) in scores.items()
+            if other is not None and federated is not None and _shown(other) > _shown(federated)
+        ]
         if losers:
-            found.append(f"{what} {', '.join(losers)}.")
+            found.append(f"{what}: {', '.join(losers)}.")
     return found
 
 

@@ -93,8 +93,8 @@ def _draw_site(
     if item is None:
         return None
     return _draw_segmented(study.task, item, site, model, adapter_P, upright), (
-        "First held-out image: the whole slice; then, enlarged, the reference outline and the outlines "
-        "before training and after the last federated round, with their mean Dice on this image."
+        "First held-out image: the whole slice; enlarged, the reference, and what is outlined before training and "
+        "after the last federated round, with the mean Dice over its structures."
     )
 
 

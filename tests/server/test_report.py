@@ -200,13 +200,22 @@ def test_result_sentence_says_which_way_it_went(
 
 
 def test_sites_that_do_better_alone_are_named(run_dir: Path) -> None:
-    assert "Training alone beats federated at south (0.811 against 0.803)." in text_of(render(run_dir))
+    assert "Training alone beats federated: south (0.811 against 0.803)." in text_of(render(run_dir))
+
+
+def test_loss_in_the_mean_is_named(tmp_path: Path) -> None:
+    scores = {"a": {"dice": (0.1, 0.9, 0.5, 0.9)}, "b": {"dice": (0.1, 0.5, 0.5, 0.9)}}
+    text = text_of(render(make_run(tmp_path / "r", make_study(("a", "b")), make_summary(scores))))
+    assert (
+        "Training alone beats federated: a (0.900 against 0.500), mean of sites (0.700 against 0.500)."
+        in text
+    )
 
 
 def test_sites_that_federation_harms_are_named(tmp_path: Path) -> None:
     scores = {"a": {"dice": (0.9, 0.9, 0.8, 0.95)}}
     text = text_of(render(make_run(tmp_path / "r", make_study(("a",)), make_summary(scores))))
-    assert "Federated is below zero-shot at a (0.900 against 0.800)." in text
+    assert "Federated is below zero-shot: a (0.900 against 0.800)." in text
 
 
 def test_report_without_baselines_leaves_their_columns_out(tmp_path: Path) -> None:
