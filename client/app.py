@@ -36,9 +36,7 @@ def evaluate(message: Message, context: Context) -> Message:
     return _answer(message, context, serve.test)
 
 
-def _answer(
-    message: Message, context: Context, action: Callable[[RoundInstruction, Fields, Site], Fields]
-) -> Message:
+def _answer(message: Message, context: Context, action: Callable[[RoundInstruction, Fields, Site], Fields]) -> Message:
     """Run an action; an error of ours travels as its kind and public sentence, never as its text."""
     fields = _fields_of(message)
     instruction = RoundInstruction.parse(fields)

@@ -150,9 +150,7 @@ def _read_manifest(manifest: Path, task: SegmentationConfig | ClassificationConf
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"Expected a readable CSV manifest at {manifest}, got: {error}.") from None
     if not rows:
-        raise DataError(
-            f"{manifest}: expected at least one image, got an empty manifest; add rows or drop the site."
-        )
+        raise DataError(f"{manifest}: expected at least one image, got an empty manifest; add rows or drop the site.")
     return rows
 
 
@@ -179,10 +177,7 @@ def _read_row(
         raise DataError(f"{where}: expected split 'train' or 'test', got {split!r}.")
     targets = {}
     if isinstance(task, ClassificationConfig):
-        targets = {
-            name: _class_index(cell(name), name, len(classes), where)
-            for name, classes in task.targets.items()
-        }
+        targets = {name: _class_index(cell(name), name, len(classes), where) for name, classes in task.targets.items()}
     return _Row(
         where=where,
         image=file("image"),
@@ -211,9 +206,7 @@ def _refuse_patients_in_two_splits(rows: Sequence[_Row]) -> None:
             )
 
 
-def _read_item(
-    row: _Row, site_id: str, task: SegmentationConfig | ClassificationConfig, pixels: PixelSpec
-) -> Item:
+def _read_item(row: _Row, site_id: str, task: SegmentationConfig | ClassificationConfig, pixels: PixelSpec) -> Item:
     image_CHW = preprocess(_read_array(row.image, row.where), pixels, where=f"{row.where}: {row.image}")
     annotation: Any = row.targets
     if isinstance(task, SegmentationConfig):
@@ -274,9 +267,7 @@ def preprocess(array: np.ndarray, pixels: PixelSpec, *, where: str) -> Tensor:
     if array.ndim == 2:
         array = array[None]
     if array.ndim != 3 or array.shape[0] not in (1, 3):
-        raise DataError(
-            f"{where}: expected a 2-D image, got shape {list(array.shape)}; export slices as 2-D files."
-        )
+        raise DataError(f"{where}: expected a 2-D image, got shape {list(array.shape)}; export slices as 2-D files.")
     scaled_CHW = _intensity_transform(pixels)(array)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (pixels.mean, pixels.std))
     image_CHW = torch.as_tensor(np.asarray(scaled_CHW), dtype=torch.float32)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import secrets
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from safetensors.torch import load, save
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from client.data import Item
 from medfed.canonical import canonical_bytes, sha256_hex
+from medfed.errors import SiteError
 from medfed.models.adapted import AdaptedModel
 
 _NONCE_BYTES = 12
@@ -43,9 +46,7 @@ class FeatureCache:
         max_disk_bytes: int = 16 * 2**30,
     ) -> None:
         if directory is not None and key is None:
-            raise ValueError(
-                "Expected a key for a feature cache on disk, got none; features are patient data."
-            )
+            raise ValueError("Expected a key for a feature cache on disk, got none; features are patient data.")
         self._directory = directory
         self._cipher = AESGCM(key) if key is not None else None
         self._memory: OrderedDict[str, Tensor] = OrderedDict()
@@ -55,14 +56,22 @@ class FeatureCache:
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
+    def batch(self, items: Sequence[Item], model: AdaptedModel) -> Tensor:
+        """Features of several images, stacked, on the model's device."""
+        return torch.stack([self._features_of(item, model) for item in items]).to(model.device)
+
     def features_of(self, item: Item, model: AdaptedModel) -> Tensor:
         """Features of one image after the model's frozen prefix, on the model's device, without batch axis.
 
         Images are encoded one at a time: a batched product may round otherwise, and features must not
         depend on which images they were computed beside.
         """
+        return self._features_of(item, model).to(model.device)
+
+    def _features_of(self, item: Item, model: AdaptedModel) -> Tensor:
+        """Features of one image, on the CPU."""
         if model.num_frozen_stages == 0:
-            return as_three_channels(item.image_CHW).to(model.device)
+            return as_three_channels(item.image_CHW)
         parts = [model.prefix_digest, model.pixels.digest, item.image_digest, str(model.device)]
         key = sha256_hex(canonical_bytes(parts))
         features = self._recall(key)
@@ -70,7 +79,7 @@ class FeatureCache:
             features = model.encode(as_three_channels(item.image_CHW)[None].to(model.device))[0].cpu()
             self._keep_on_disk(key, features)
             self._keep_in_memory(key, features)
-        return features.to(model.device)
+        return features
 
     def _recall(self, key: str) -> Tensor | None:
         if key in self._memory:
@@ -106,9 +115,7 @@ class FeatureCache:
 
     def _make_room(self, num_bytes: int) -> None:
         assert self._directory is not None
-        entries = [
-            (entry.stat(), entry) for entry in self._directory.iterdir() if not entry.name.startswith(".")
-        ]
+        entries = [(entry.stat(), entry) for entry in self._directory.iterdir() if not entry.name.startswith(".")]
         used = sum(stat.st_size for stat, _ in entries)
         for stat, entry in sorted(entries, key=lambda pair: pair[0].st_mtime):
             if used + num_bytes <= self._max_disk_bytes:
@@ -128,7 +135,7 @@ def cache_key(path: Path) -> bytes:
     """The site's cache key: 32 random bytes in a file that only its owner can read; made at the first call.
 
     Raises:
-        PermissionError: if others may read the file.
+        SiteError: if others may read the file, or it holds no key.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
@@ -140,10 +147,8 @@ def cache_key(path: Path) -> bytes:
     except FileExistsError:
         pass
     if path.stat().st_mode & 0o077:
-        raise PermissionError(f"Expected {path} to be readable by its owner only; run: chmod 600 {path}")
+        raise SiteError(f"Expected {path} to be readable by its owner only; run: chmod 600 {path}")
     key = path.read_bytes()
     if len(key) != 32:
-        raise ValueError(
-            f"Expected 32 bytes in {path}, got {len(key)}; remove it and its cache to make a new one."
-        )
+        raise SiteError(f"Expected 32 bytes in {path}, got {len(key)}; remove it and its cache to make a new one.")
     return key

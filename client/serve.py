@@ -81,15 +81,11 @@ def test(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
     return _reply(instruction, site, num_examples=len(cohort.test), metrics=metrics).to_fields()
 
 
-def _study_and_model(
-    instruction: RoundInstruction, fields: Fields, site: Site
-) -> tuple[StudyConfig, AdaptedModel]:
+def _study_and_model(instruction: RoundInstruction, fields: Fields, site: Site) -> tuple[StudyConfig, AdaptedModel]:
     """The study that travels along, if its digest and manifest are right, and the model it adapts."""
     study = _known_study(bytes_field(fields, "study"), instruction.study_digest)
     if site.name not in (*study.site_names, "pooled"):
-        raise StudyError(
-            f"Expected a study with site {site.name!r}, got sites {', '.join(study.site_names)}."
-        )
+        raise StudyError(f"Expected a study with site {site.name!r}, got sites {', '.join(study.site_names)}.")
     model = adapted_model(study, site.device)
     if model.manifest.fingerprint != study.resolved_manifest.fingerprint:
         raise AdapterMismatchError(

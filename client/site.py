@@ -97,16 +97,16 @@ def site_of_partition(partition_id: int) -> Site:
     path = os.environ.get(SITES_VARIABLE)
     if not path:
         raise StudyError(f"Expected {SITES_VARIABLE} to name a sites file, got nothing; start with 'medfed simulate'.")
-    sites = _open_sites(Path(path))
+    sites = _open_sites(path)
     if not 0 <= partition_id < len(sites):
         raise StudyError(f"Expected a partition in 0..{len(sites) - 1}, got {partition_id}.")
     return sites[partition_id]
 
 
 @lru_cache(maxsize=4)
-def _open_sites(path: Path) -> tuple[Site, ...]:
+def _open_sites(path: str) -> tuple[Site, ...]:
     try:
-        virtual = VirtualSites.model_validate_json(path.read_bytes())
+        virtual = VirtualSites.model_validate_json(Path(path).read_bytes())
     except (OSError, ValidationError) as error:
         raise StudyError(f"Expected a sites file at {path}, got: {error}.") from None
     prepare_cpu(virtual.num_threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def train_locally(
     model.load(start_P)
     model.train()
     held_P = _held(model, trainable)
-    optimizer = _optimizer(model.flat, config)
+    step = _stepper(model.flat, config)
     gradient_P = model.flat.grad
     assert gradient_P is not None
     loss_sum = 0.0
@@ -63,13 +64,11 @@ def train_locally(
             gradient_P.zero_()
             inputs = _inputs(batch, model, config, features, generator)
             with mixed_precision(model.device):
-                losses_B = task.losses(
-                    model, inputs, task.collate([i.annotation for i in batch], model.device)
-                )
+                losses_B = task.losses(model, inputs, task.collate([i.annotation for i in batch], model.device))
             losses_B.mean().backward()  # type: ignore[no-untyped-call]
             if held_P is not None:
                 gradient_P[held_P] = 0.0
-            optimizer.step()
+            step()
             if held_P is not None:
                 with torch.no_grad():
                     model.flat[held_P] = start_P.to(model.device)[held_P]
@@ -101,7 +100,7 @@ def evaluate(
             model,
             (
                 (
-                    torch.stack([features.features_of(item, model) for item in batch]),
+                    features.batch(batch, model),
                     task.collate([item.annotation for item in batch], model.device),
                 )
                 for batch in batches
@@ -109,10 +108,13 @@ def evaluate(
         )
 
 
-def _optimizer(flat: torch.nn.Parameter, config: TrainingConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD([flat], lr=config.learning_rate)
-    return torch.optim.AdamW([flat], lr=config.learning_rate, weight_decay=config.weight_decay)
+def _stepper(flat: torch.nn.Parameter, config: TrainingConfig) -> Callable[[], object]:
+    """What takes one optimiser step on ``flat``, with fresh optimiser state."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW([flat], lr=config.learning_rate, weight_decay=config.weight_decay).step
+    assert flat.grad is not None
+    # Plain SGD is this one operation; torch.optim.SGD takes as long again to get there.
+    return partial(flat.data.add_, flat.grad, alpha=-config.learning_rate)
 
 
 def _batches(num_items: int, config: TrainingConfig, generator: torch.Generator) -> list[list[int]]:
@@ -131,7 +133,7 @@ def _inputs(
     generator: torch.Generator,
 ) -> Tensor:
     if config.augmentation == "none":
-        return torch.stack([features.features_of(item, model) for item in batch])
+        return features.batch(batch, model)
     images = [augment_intensity(as_three_channels(item.image_CHW), generator) for item in batch]
     return model.encode(torch.stack(images).to(model.device))
 
@@ -149,8 +151,11 @@ def augment_intensity(image_CHW: Tensor, generator: torch.Generator) -> Tensor:
 
 def _held(model: AdaptedModel, trainable: Callable[[str], bool]) -> Tensor | None:
     """Mask of the elements that must not move, or None if all may."""
-    pieces = [torch.full((s.num_elements,), not trainable(s.name)) for s in model.manifest.tensors]
-    held_P = torch.cat(pieces)
-    if bool(held_P.all()):
+    specs = model.manifest.tensors
+    held = [not trainable(spec.name) for spec in specs]
+    if all(held):
         raise AdapterMismatchError("Expected at least one trainable tensor in the phase, got none.")
-    return held_P.to(model.device) if bool(held_P.any()) else None
+    if not any(held):
+        return None
+    pieces = [torch.full((spec.num_elements,), is_held) for spec, is_held in zip(specs, held, strict=True)]
+    return torch.cat(pieces).to(model.device)

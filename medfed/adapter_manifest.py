@@ -74,6 +74,10 @@ class AdapterManifest(BaseModel):
         specs = tuple(TensorSpec(name=name, shape=tuple(tensors[name].shape)) for name in sorted(tensors))
         return cls(method=method, rank=rank, tensors=specs)
 
+    def __hash__(self) -> int:
+        """Fast, for tables keyed by manifest."""
+        return hash(self.fingerprint)
+
     @cached_property
     def fingerprint(self) -> bytes:
         """SHA-256 of the canonical form, 32 bytes; travels with every payload."""
@@ -100,17 +104,23 @@ class AdapterManifest(BaseModel):
         """
         kept = tuple(spec for spec in self.tensors if keep(spec.name))
         if not kept:
-            raise AdapterMismatchError(
-                "Expected at least one tensor to travel, got none; widen the selection."
-            )
+            raise AdapterMismatchError("Expected at least one tensor to travel, got none; widen the selection.")
         return AdapterManifest(method=self.method, rank=self.rank, tensors=kept)
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse tensors that are not exactly the manifest's.
+        """Refuse tensors that are not exactly the manifest's, or not finite.
 
         Raises:
             AdapterMismatchError: names the first unknown or missing tensor, wrong shape, wrong dtype, or
                 non-finite value.
+        """
+        self.flatten(tensors)
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """One contiguous float32 CPU vector of length P, in manifest order.
+
+        Raises:
+            AdapterMismatchError: as :meth:`check`.
         """
         specs = {spec.name: spec for spec in self.tensors}
         if unknown := sorted(set(tensors) - set(specs)):
@@ -130,27 +140,17 @@ class AdapterManifest(BaseModel):
                 )
             if tensor.dtype != torch.float32:
                 raise AdapterMismatchError(f"Expected {name!r} as float32, got {tensor.dtype}.")
-            if not bool(torch.isfinite(tensor).all()):
-                raise AdapterMismatchError(
-                    f"Expected finite values in {name!r}, got NaN or infinity; lower the learning rate."
-                )
-
-    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """One contiguous float32 CPU vector of length P, in manifest order.
-
-        Raises:
-            AdapterMismatchError: as :meth:`check`.
-        """
-        self.check(tensors)
-        return torch.cat([tensors[spec.name].detach().reshape(-1).cpu() for spec in self.tensors])
+        vector_P = torch.cat([tensors[name].detach().reshape(-1).cpu() for name in specs])
+        self.check_vector(vector_P)
+        return vector_P
 
     def unflatten(self, vector_P: Tensor) -> dict[str, Tensor]:
-        """Views into ``vector_P`` by name: no copy.
+        """Views into ``vector_P`` by name: no copy, and no look at the values.
 
         Raises:
-            AdapterMismatchError: on a wrong length, dtype or non-finite value.
+            AdapterMismatchError: on a wrong length or dtype.
         """
-        self.check_vector(vector_P)
+        self._check_form(vector_P)
         pieces = torch.split(vector_P, [spec.num_elements for spec in self.tensors])
         return {spec.name: piece.view(spec.shape) for spec, piece in zip(self.tensors, pieces, strict=True)}
 
@@ -160,11 +160,7 @@ class AdapterManifest(BaseModel):
         Raises:
             AdapterMismatchError: names the tensor that holds the first non-finite value.
         """
-        if vector_P.dtype != torch.float32 or vector_P.dim() != 1 or vector_P.numel() != self.num_elements:
-            raise AdapterMismatchError(
-                f"Expected a float32 vector of {self.num_elements} elements, "
-                f"got {vector_P.dtype} of shape {list(vector_P.shape)}."
-            )
+        self._check_form(vector_P)
         # A finite sum proves finite elements in one pass; only a suspicious sum pays for the search.
         if not math.isfinite(float(vector_P.sum(dtype=torch.float64))):
             finite = torch.isfinite(vector_P)
@@ -173,3 +169,10 @@ class AdapterManifest(BaseModel):
                 raise AdapterMismatchError(
                     f"Expected finite values in {name!r}, got NaN or infinity; lower the learning rate."
                 )
+
+    def _check_form(self, vector_P: Tensor) -> None:
+        if vector_P.dtype != torch.float32 or vector_P.dim() != 1 or vector_P.numel() != self.num_elements:
+            raise AdapterMismatchError(
+                f"Expected a float32 vector of {self.num_elements} elements, "
+                f"got {vector_P.dtype} of shape {list(vector_P.shape)}."
+            )

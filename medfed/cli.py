@@ -7,6 +7,7 @@ instant. A :class:`~medfed.errors.MedfedError` ends a command with one line and 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -53,8 +54,8 @@ def root() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the process ends with the exit code of what happened.
 
-    Exit codes: 0 done; 2 wrong usage or wrong study; 130 stopped by the user; others as in
-    :mod:`medfed.errors`.
+    Exit codes: 0 done; 2 wrong usage or wrong study; 74 the operating system refused to read or write;
+    130 stopped by the user; others as in :mod:`medfed.errors`.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -66,6 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except MedfedError as error:
         if "--json" in arguments:
-            print(json.dumps({"error": type(error).__name__, "message": str(error)}))  # noqa: T201
-        print(f"medfed: {error}", file=sys.stderr)  # noqa: T201
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        print(f"medfed: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a full disk, a folder that cannot be written: the machine's business, not a bug
+        print(f"medfed: {error}; mend it and resume the run, its checkpoints are whole.", file=sys.stderr)
+        sys.exit(os.EX_IOERR)

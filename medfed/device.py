@@ -28,9 +28,7 @@ def choose_device(choice: str = "auto") -> torch.device:
     if choice == "auto":
         return torch.device("cuda" if present["cuda"] else "cpu")
     if not present[choice]:
-        raise DeviceError(
-            f"Expected a {choice} device, found none on this machine; use --device auto or cpu."
-        )
+        raise DeviceError(f"Expected a {choice} device, found none on this machine; use --device auto or cpu.")
     return torch.device(choice)
 
 

@@ -13,6 +13,7 @@
     +-- RoundError                  exit 8   a round that cannot be completed (quorum, deadline)
     +-- CheckpointError             exit 9   a run folder that cannot be continued
     +-- DeviceError                 exit 10  a device that was asked for and is not there
+    +-- SiteError                   exit 11  the site's own set-up is not as it must be
 
 A message says what was expected, what was got and what to do. It is shown to the person in front of the
 process that raised it and is never sent over the network: it may name files. What travels is the name of
@@ -96,6 +97,13 @@ class CheckpointError(MedfedError):
 
     exit_code = 9
     public = "the run cannot be continued"
+
+
+class SiteError(MedfedError):
+    """The site's own set-up is not as it must be, for example a key that others can read."""
+
+    exit_code = 11
+    public = "the site's own set-up needs attention"
 
 
 class DeviceError(MedfedError):

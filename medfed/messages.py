@@ -38,9 +38,7 @@ class _Header(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
-            raise MessageError(
-                f"Expected a valid {cls.__name__}, got {where or 'header'}: {first['msg']}."
-            ) from None
+            raise MessageError(f"Expected a valid {cls.__name__}, got {where or 'header'}: {first['msg']}.") from None
 
 
 class RoundInstruction(_Header):

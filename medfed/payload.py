@@ -46,9 +46,7 @@ def encode_adapter(vector_P: Tensor, manifest: AdapterManifest) -> bytes:
     """
     manifest.check_vector(vector_P)
     data = np.ascontiguousarray(vector_P.detach().cpu().numpy(), dtype="<f4").tobytes()
-    header = _HEADER.pack(
-        _MAGIC, _VERSION, 0, manifest.fingerprint, manifest.num_elements, zlib.crc32(data), _NOTHING
-    )
+    header = _HEADER.pack(_MAGIC, _VERSION, 0, manifest.fingerprint, manifest.num_elements, zlib.crc32(data), _NOTHING)
     return header + data
 
 
@@ -81,9 +79,7 @@ def decode_adapter(payload: bytes, manifest: AdapterManifest) -> Tensor:
             f"got {count} elements in {len(payload)} bytes."
         )
     if zlib.crc32(memoryview(payload)[HEADER_BYTES:]) != checksum:
-        raise PayloadError(
-            "Expected the payload's checksum to match its data, got a damaged payload; resend it."
-        )
+        raise PayloadError("Expected the payload's checksum to match its data, got a damaged payload; resend it.")
     vector_P = torch.from_numpy(np.frombuffer(payload, dtype="<f4", offset=HEADER_BYTES).astype(np.float32))
     manifest.check_vector(vector_P)
     return vector_P

@@ -45,18 +45,18 @@ class BackboneConfig(_Section):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class AdapterConfig(_Section):
-    """The small part that is trained and travels.
+class LoraAdapterConfig(_Section):
+    """Low-rank updates of linear layers (LoRA, Hu et al. 2021), and the backbone's fresh heads in full.
 
     Attributes:
-        method: ``lora`` (Hu et al. 2021).
+        method: ``lora``; a study that names no method means this one.
         rank: LoRA rank r.
         alpha: LoRA alpha; the update is scaled by alpha / r.
         targets: a preset of the backbone (``decoder-attention``, ``last-quarter``, ...) or ``regex:`` and an
             expression that module names must match in full.
     """
 
-    method: Literal["lora"] = "lora"
+    method: Literal["lora"]
     rank: Annotated[int, Field(ge=1, le=256)]
     alpha: Annotated[float, Field(gt=0)]
     targets: Annotated[str, Field(min_length=1)]
@@ -70,6 +70,30 @@ class AdapterConfig(_Section):
             except re.error as error:
                 raise ValueError(f"not a regular expression: {error}") from None
         return value
+
+    @property
+    def in_words(self) -> str:
+        """One phrase for reports."""
+        return f"lora of rank {self.rank}, alpha {self.alpha:g}, on {self.targets}"
+
+
+class HeadsAdapterConfig(_Section):
+    """The backbone's fresh heads in full and nothing else: the cheapest baseline, a linear probe.
+
+    Attributes:
+        method: ``heads``.
+    """
+
+    method: Literal["heads"]
+
+    @property
+    def in_words(self) -> str:
+        """One phrase for reports."""
+        return "heads only"
+
+
+AdapterConfig = Annotated[LoraAdapterConfig | HeadsAdapterConfig, Field(discriminator="method")]
+"""The small part that is trained and travels."""
 
 
 class SegmentationConfig(_Section):
@@ -222,26 +246,23 @@ class StudyConfig(_Section):
     sites: Annotated[tuple[SiteConfig, ...], Field(min_length=1)]
     manifest: AdapterManifest | None = None
 
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _adapter_is_lora_unless_named(cls, value: object) -> object:
+        return {"method": "lora", **value} if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> StudyConfig:
         _distinct(self.site_names, "site")
         if POOLED_SITE in self.site_names:
-            raise ValueError(
-                f"site name {POOLED_SITE!r} is reserved for the pooled upper bound; rename the site"
-            )
+            raise ValueError(f"site name {POOLED_SITE!r} is reserved for the pooled upper bound; rename the site")
         quorum = self.rounds.quorum
         if quorum is not None and quorum > len(self.sites):
-            raise ValueError(
-                f"rounds.quorum is {quorum} but there are {len(self.sites)} sites; lower the quorum"
-            )
+            raise ValueError(f"rounds.quorum is {quorum} but there are {len(self.sites)} sites; lower the quorum")
         if self.cohort is not None:
-            expected = {"brain-structures": "segmentation", "brain-lesions": "classification"}[
-                self.cohort.kind
-            ]
+            expected = {"brain-structures": "segmentation", "brain-lesions": "classification"}[self.cohort.kind]
             if self.task.kind != expected:
-                raise ValueError(
-                    f"cohort {self.cohort.kind!r} is a {expected} cohort, task.kind is {self.task.kind!r}"
-                )
+                raise ValueError(f"cohort {self.cohort.kind!r} is a {expected} cohort, task.kind is {self.task.kind!r}")
         for site in self.sites:
             self._check_site(site)
         return self
@@ -256,20 +277,16 @@ class StudyConfig(_Section):
         if lesions:
             recipe["lesion_prevalence"] = site.lesion_prevalence
         elif site.lesion_prevalence is not None:
-            raise ValueError(
-                f"site {site.name!r}: lesion_prevalence belongs to cohort kind 'brain-lesions'; remove it"
-            )
+            raise ValueError(f"site {site.name!r}: lesion_prevalence belongs to cohort kind 'brain-lesions'; remove it")
         if self.cohort is None and any(value is not None for value in recipe.values()):
             raise ValueError(f"site {site.name!r}: {next(iter(recipe))!r} needs a [cohort] section; add one")
         if self.cohort is not None:
             if site.data is not None:
-                raise ValueError(
-                    f"site {site.name!r}: has 'data' although [cohort] simulates it; remove one of them"
-                )
+                raise ValueError(f"site {site.name!r}: has 'data' although [cohort] simulates it; remove one of them")
             if missing := [key for key, value in recipe.items() if value is None]:
                 raise ValueError(f"site {site.name!r}: {missing[0]} is missing; a simulated site needs it")
 
-    @property
+    @cached_property
     def site_names(self) -> tuple[str, ...]:
         """Site names in the order of the study: the order of every sum."""
         return tuple(site.name for site in self.sites)
@@ -312,9 +329,7 @@ class StudyConfig(_Section):
             StudyError: if the study has not been resolved.
         """
         if self.manifest is None:
-            raise StudyError(
-                "Expected a resolved study, got one without an adapter manifest; resolve it first."
-            )
+            raise StudyError("Expected a resolved study, got one without an adapter manifest; resolve it first.")
         return self.manifest
 
 
@@ -339,19 +354,13 @@ def read_study(path: Path) -> StudyConfig:
         return study
     for site in study.sites:
         if site.data is None:
-            raise StudyError(
-                f"{path}: site {site.name!r} has no data; add 'data = \"manifest.csv\"' or a [cohort]."
-            )
+            raise StudyError(f"{path}: site {site.name!r} has no data; add 'data = \"manifest.csv\"' or a [cohort].")
     absolute = [
-        site.model_copy(update={"data": (path.parent / site.data).resolve()})
-        for site in study.sites
-        if site.data
+        site.model_copy(update={"data": (path.parent / site.data).resolve()}) for site in study.sites if site.data
     ]
     for site in absolute:
         if not (site.data and site.data.is_file()):
-            raise StudyError(
-                f"{path}: site {site.name!r} expects a data manifest at {site.data}, got nothing there."
-            )
+            raise StudyError(f"{path}: site {site.name!r} expects a data manifest at {site.data}, got nothing there.")
     return study.replace(sites=tuple(absolute))
 
 
@@ -381,12 +390,16 @@ def _validate(data: dict[str, Any], origin: str) -> StudyConfig:
         raise StudyError(_first_problem(error, origin)) from None
 
 
+_UNION_TAGS = ("segmentation", "classification", "lora", "heads")
+"""What pydantic puts into the path of a key inside a section of several kinds; no part of the file."""
+
+
 def _first_problem(error: ValidationError, origin: str) -> str:
     """The first validation problem as one line: where, what, and the nearest right word."""
     problems = error.errors(include_url=False)
     # A misspelt key is both an unknown one and a missing one; the unknown one says more.
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    where = ".".join(str(part) for part in first["loc"] if part not in ("segmentation", "classification"))
+    where = ".".join(str(part) for part in first["loc"] if part not in _UNION_TAGS)
     rest = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
@@ -400,8 +413,8 @@ def _first_problem(error: ValidationError, origin: str) -> str:
 
 def _all_keys() -> list[str]:
     sections: Sequence[type[BaseModel]] = (
-        StudyConfig, BackboneConfig, AdapterConfig, SegmentationConfig, ClassificationConfig, TrainingConfig,
-        RoundsConfig, StrategyConfig, CohortConfig, SiteConfig,
+        StudyConfig, BackboneConfig, LoraAdapterConfig, HeadsAdapterConfig, SegmentationConfig,
+        ClassificationConfig, TrainingConfig, RoundsConfig, StrategyConfig, CohortConfig, SiteConfig,
     )  # fmt: skip
     return sorted({key for section in sections for key in section.model_fields})
 

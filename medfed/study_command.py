@@ -19,17 +19,19 @@ def validate(
 ) -> None:
     """Check every key and value, the backbone's digest and the paths; say what the study is."""
     from medfed.models.registry import backbone_of
-    from medfed.study import read_study
+    from medfed.study import LoraAdapterConfig, read_study
 
     config = read_study(study)
-    backbone_of(config.backbone).target_expression(config.adapter.targets)
+    backbone = backbone_of(config.backbone)
+    if isinstance(config.adapter, LoraAdapterConfig):
+        backbone.target_expression(config.adapter.targets)
     facts = {"name": config.name, "sites": list(config.site_names), "rounds": config.rounds.num_rounds}
     if as_json:
         typer.echo(json.dumps({**facts, "digest": config.digest}))
     else:
         typer.echo(
             f"{study}: valid. {len(config.sites)} sites, {config.rounds.num_rounds} rounds, "
-            f"{config.backbone.name} with {config.adapter.method} rank {config.adapter.rank}."
+            f"{config.backbone.name} with {config.adapter.in_words}."
         )
 
 

@@ -33,7 +33,7 @@ class Checkpoint:
         scope: the federation inside the study.
         round: last completed round; 0 before the first.
         adapter_P: the global adapter, float32.
-        metrics: every metrics line so far.
+        metrics: every line of ``metrics.jsonl`` so far, as made by :func:`metrics_line`.
         weights: public weight of each site.
     """
 
@@ -41,31 +41,43 @@ class Checkpoint:
     scope: str
     round: int
     adapter_P: Tensor
-    metrics: tuple[dict[str, Any], ...]
+    metrics: tuple[str, ...]
     weights: dict[str, float]
 
 
+def metrics_line(**facts: Any) -> str:
+    """One line of metrics as JSON. Made once: a checkpoint holds all of them, and is written every round.
+
+    Raises:
+        ValueError: for NaN or infinity, which JSON cannot carry.
+    """
+    return _encode(facts)
+
+
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Replace the folder's checkpoint and its ``metrics.jsonl``, atomically and durably."""
+    """Replace the folder's checkpoint, atomically and durably, and then its ``metrics.jsonl``, atomically.
+
+    The checkpoint holds the metrics too, so ``metrics.jsonl`` is not worth a second wait for the disk.
+    """
     facts = {
         "study_digest": checkpoint.study_digest,
         "scope": checkpoint.scope,
         "round": checkpoint.round,
-        "metrics": checkpoint.metrics,
         "weights": checkpoint.weights,
     }
+    lines = "".join(line + "\n" for line in checkpoint.metrics)
     data = save(
         {"adapter": checkpoint.adapter_P.contiguous()},
-        metadata={"medfed": json.dumps(facts, allow_nan=False)},
+        metadata={"medfed": _encode(facts), "metrics": lines},
     )
     write_durably(folder / CHECKPOINT, data)
-    lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in checkpoint.metrics)
-    write_durably(folder / "metrics.jsonl", lines.encode())
+    _replace(folder / "metrics.jsonl", lines.encode(), durably=False)
 
 
-def read_checkpoint(
-    folder: Path, manifest: AdapterManifest, *, study_digest: str, scope: str
-) -> Checkpoint | None:
+def read_checkpoint(folder: Path, manifest: AdapterManifest, *, study_digest: str, scope: str) -> Checkpoint | None:
     """The folder's checkpoint, or None if there is none yet.
 
     Raises:
@@ -76,9 +88,10 @@ def read_checkpoint(
         return None
     try:
         with safe_open(str(path), framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["medfed"])
+            metadata = file.metadata() or {}
+            facts, metrics = json.loads(metadata["medfed"]), tuple(metadata["metrics"].splitlines())
             adapter_P = file.get_tensor("adapter")
-        checkpoint = Checkpoint(adapter_P=adapter_P, **{**facts, "metrics": tuple(facts["metrics"])})
+        checkpoint = Checkpoint(adapter_P=adapter_P, metrics=metrics, **facts)
         decode_adapter(encode_adapter(adapter_P, manifest), manifest)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AdapterMismatchError) as error:
         raise CheckpointError(
@@ -95,12 +108,19 @@ def read_checkpoint(
 def write_durably(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a crash at any point leaves the old content or the new, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, data, durably=True)
+
+
+def _replace(path: Path, data: bytes, *, durably: bool) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        if durably:
+            file.flush()
+            os.fsync(file.fileno())
     partial.replace(path)
+    if not durably:
+        return
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

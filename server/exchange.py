@@ -91,9 +91,7 @@ def exchange(
             answer = _read(message, instruction, expected_site=nodes.get(node_id))
         except MedfedError as error:
             failures[where] = str(error)
-            _log.warning(
-                "event=bad_reply round=%d where=%s kind=%s", instruction.round, where, type(error).__name__
-            )
+            _log.warning("event=bad_reply round=%d where=%s kind=%s", instruction.round, where, type(error).__name__)
             continue
         if answer.reply.refusal is not None:
             refusal = answer.reply.refusal

@@ -106,9 +106,7 @@ def write_report(folder: Path) -> Path:
 
 
 def _template() -> Any:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(resources.files("server").joinpath("report.html").read_text("utf-8"))
 
 
@@ -170,8 +168,7 @@ def _facts(study: StudyConfig, results: Results) -> list[tuple[str, str]]:
         ("Backbone", f"{study.backbone.name}, frozen; weights with SHA-256 {study.backbone.sha256[:16]}…"),
         (
             "Adapter",
-            f"{adapter.method} of rank {adapter.rank}, alpha {adapter.alpha:g}, on {adapter.targets}: "
-            f"{manifest.num_elements:,} parameters in {len(manifest.tensors)} tensors",
+            f"{adapter.in_words}: {manifest.num_elements:,} parameters in {len(manifest.tensors)} tensors",
         ),
         (
             "One update",
@@ -210,9 +207,7 @@ def _held_out_images(metrics: list[dict[str, Any]]) -> dict[str, int]:
 
 def _study_text(study: StudyConfig) -> str:
     """The study without what a reader does not need (tensor list) or must not see (paths to data)."""
-    shown = study.model_dump(
-        mode="json", exclude={"manifest": True, "sites": {"__all__": {"data"}}}, exclude_none=True
-    )
+    shown = study.model_dump(mode="json", exclude={"manifest": True, "sites": {"__all__": {"data"}}}, exclude_none=True)
     return json.dumps(shown, indent=2)
 
 

@@ -111,9 +111,7 @@ def _style(name: str) -> AbstractContextManager[None]:
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        **dict.fromkeys(
-            ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
-        ),
+        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
     }
     return rc_context(settings)
 

@@ -25,9 +25,10 @@ _METRIC_NAMES = {"dice": "Dice", "balanced-accuracy": "balanced accuracy"}
 
 
 class Results(BaseModel):
-    """What a report reads of ``summary.json``; other keys may be there.
+    """What ``summary.json`` holds, the report shows and ``medfed simulate --json`` prints.
 
     Attributes:
+        run_dir: folder of the run.
         study: name of the study.
         rounds: rounds completed.
         wall_s: seconds that the process ran.
@@ -39,8 +40,9 @@ class Results(BaseModel):
         cohort: where the images come from, in plain words.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    run_dir: str
     study: str
     rounds: int
     wall_s: float
@@ -144,9 +146,7 @@ def rows_of(results: Results) -> list[ResultRow]:
 
 def result_sentence(results: Results, labels: Mapping[Column, str]) -> str:
     """The result in one sentence, whichever way it went."""
-    where = (
-        f"over {len(results.sites)} sites" if len(results.sites) > 1 else f"at {next(iter(results.sites))}"
-    )
+    where = f"over {len(results.sites)} sites" if len(results.sites) > 1 else f"at {next(iter(results.sites))}"
     kind = "Mean " if len(results.sites) > 1 else ""
     name = results.metric_name if kind else results.metric_name[:1].upper() + results.metric_name[1:]
     before, after = results.mean.get("zero_shot"), results.mean.get("federated")
@@ -159,9 +159,7 @@ def result_sentence(results: Results, labels: Mapping[Column, str]) -> str:
     ]
     alone, together = results.worst_site.get("local_only"), results.worst_site.get("federated")
     if alone is not None and together is not None:
-        clauses.append(
-            f"the worst site reaches {_shown(alone)} training alone and {_shown(together)} federated"
-        )
+        clauses.append(f"the worst site reaches {_shown(alone)} training alone and {_shown(together)} federated")
     if (pooled := results.mean.get("pooled")) is not None:
         clauses.append(f"pooling all images, the upper bound nobody may build, gives {_shown(pooled)}")
         clauses[-1] += f", {_gap(pooled, after)}"
@@ -176,9 +174,7 @@ def caveats(results: Results, labels: Mapping[Column, str]) -> list[str]:
         "local_only": "Training alone beats federated",
     }
     for column, what in kinds.items():
-        scores = {
-            site: (results.score(site, column), results.score(site, "federated")) for site in results.sites
-        }
+        scores = {site: (results.score(site, column), results.score(site, "federated")) for site in results.sites}
         if len(scores) > 1:
             scores["mean of sites"] = (results.mean.get(column), results.mean.get("federated"))
         losers = [
@@ -220,6 +216,4 @@ def _verb(before: float, after: float) -> str:
 def _gap(pooled: float, federated: float) -> str:
     """How far federated is from pooled; the difference of the numbers as they are shown."""
     gap = float(_shown(pooled)) - float(_shown(federated))
-    return (
-        f"{_shown(abs(gap))} {'above' if gap > 0 else 'below'} federated" if gap else "the same as federated"
-    )
+    return f"{_shown(abs(gap))} {'above' if gap > 0 else 'below'} federated" if gap else "the same as federated"

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -20,7 +19,7 @@ from medfed.errors import AdapterMismatchError, RoundError
 from medfed.messages import RoundInstruction
 from medfed.payload import decode_adapter, encode_adapter
 from medfed.study import StudyConfig
-from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from server.checkpoint import Checkpoint, metrics_line, read_checkpoint, write_checkpoint
 from server.exchange import Exchange, exchange
 from strategies.registry import strategy_of
 from strategies.weighted_sum import aggregate
@@ -65,9 +64,7 @@ def run_rounds(
         CheckpointError: if the folder's checkpoint is not this study's.
     """
     loop = _Loop(grid, study, federation)
-    state = read_checkpoint(
-        folder, study.resolved_manifest, study_digest=study.digest, scope=federation.scope
-    )
+    state = read_checkpoint(folder, study.resolved_manifest, study_digest=study.digest, scope=federation.scope)
     weights = loop.find_sites()
     if state is None:
         state = Checkpoint(study.digest, federation.scope, 0, initial_P, (), weights)
@@ -141,20 +138,12 @@ class _Loop:
             )
         sums = aggregate(phase, upload_manifest, uploads, state.weights, self._federation.train_sites)
         tree = self._strategy.post(number, manifest.unflatten(state.adapter_P), sums)
-        lines: list[dict[str, Any]] = [
-            {
-                "event": "train",
-                "scope": self._federation.scope,
-                "round": number,
-                "site": site,
-                **answered.replies[site].reply.metrics,
-            }
+        lines = [
+            self._line("train", number, site, answered.replies[site].reply.metrics)
             for site in self._federation.train_sites
             if site in uploads
         ]
-        return replace(
-            state, round=number, adapter_P=manifest.flatten(dict(tree)), metrics=(*state.metrics, *lines)
-        )
+        return replace(state, round=number, adapter_P=manifest.flatten(dict(tree)), metrics=(*state.metrics, *lines))
 
     def evaluated(self, state: Checkpoint) -> Checkpoint:
         """The state with the metrics of its adapter on every evaluating site's held-out patients."""
@@ -165,27 +154,21 @@ class _Loop:
         answered = self._ask("evaluate", self._nodes(sites), state.round, payload)
         for site, reason in answered.failures.items():
             _log.warning("event=not_evaluated round=%d site=%s reason=%s", state.round, site, reason)
-        lines: list[dict[str, Any]] = [
-            {
-                "event": "evaluate",
-                "scope": self._federation.scope,
-                "round": state.round,
-                "site": site,
-                "num_examples": answered.replies[site].reply.num_examples,
-                **answered.replies[site].reply.metrics,
-            }
+        lines = [
+            self._line("evaluate", state.round, site, {"num_examples": reply.num_examples, **reply.metrics})
             for site in sites
-            if site in answered.replies
+            if site in answered.replies and (reply := answered.replies[site].reply)
         ]
         return replace(state, metrics=(*state.metrics, *lines))
+
+    def _line(self, event: str, number: int, site: str, metrics: Mapping[str, float]) -> str:
+        return metrics_line(event=event, scope=self._federation.scope, round=number, site=site, **metrics)
 
     def _nodes(self, sites: Sequence[str]) -> dict[int, str | None]:
         return {self._node_of[site]: site for site in sites}
 
     def _ask(self, action: str, nodes: Mapping[int, str | None], number: int, adapter: bytes) -> Exchange:
-        instruction = RoundInstruction(
-            study_digest=self._study.digest, round=number, scope=self._federation.scope
-        )
+        instruction = RoundInstruction(study_digest=self._study.digest, round=number, scope=self._federation.scope)
         return exchange(
             self._grid,
             action,

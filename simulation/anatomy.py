@@ -100,15 +100,11 @@ def load_anatomy() -> Anatomy:
     template = _template("t1")
     grid = np.asarray(template.affine)
     if not np.array_equal(grid[:3, :3], np.eye(3)):
-        raise DataError(
-            f"Expected the MNI152 template on an aligned 1 mm grid, got {grid.tolist()}; {_INSTALL}"
-        )
+        raise DataError(f"Expected the MNI152 template on an aligned 1 mm grid, got {grid.tolist()}; {_INSTALL}")
     t1_255 = _depth_first(template)
     labels_DHW = _label_structures(t1_255, grid)
     brightest = float(np.percentile(t1_255[t1_255 > 0], 99.9))
-    t1_DHW = np.clip(
-        (t1_255.astype(np.float32) - _DARKEST_FLUID_T1) / (brightest - _DARKEST_FLUID_T1), 0.0, 1.0
-    )
+    t1_DHW = np.clip((t1_255.astype(np.float32) - _DARKEST_FLUID_T1) / (brightest - _DARKEST_FLUID_T1), 0.0, 1.0)
     white_matter_DHW = _depth_first(_template("wm")).astype(np.float32) / 255.0
     for volume in (t1_DHW, labels_DHW, white_matter_DHW):
         volume.flags.writeable = False
@@ -137,9 +133,7 @@ def structure_labels(structure: str) -> frozenset[int]:
         DataError: the structure is unknown.
     """
     chosen = {
-        label
-        for label, name in enumerate(_sided_names(), start=1)
-        if structure in (name, name.rpartition("-")[0])
+        label for label, name in enumerate(_sided_names(), start=1) if structure in (name, name.rpartition("-")[0])
     }
     if not chosen:
         raise DataError(
@@ -163,14 +157,9 @@ def best_slice(anatomy: Anatomy, structures: tuple[str, ...]) -> tuple[Plane, fl
         The plane and its MNI coordinate in mm: z of an axial slice, y of a coronal one.
     """
     coronal = any(name.startswith("hippocampus") for name in structures)
-    in_plane_axes, origin_mm = (
-        ((0, 2), anatomy.origin_xyz_mm[1]) if coronal else ((1, 2), anatomy.origin_xyz_mm[2])
-    )
+    in_plane_axes, origin_mm = ((0, 2), anatomy.origin_xyz_mm[1]) if coronal else ((1, 2), anatomy.origin_xyz_mm[2])
     areas_px = np.stack(
-        [
-            np.isin(anatomy.labels_DHW, sorted(structure_labels(name))).sum(axis=in_plane_axes)
-            for name in structures
-        ]
+        [np.isin(anatomy.labels_DHW, sorted(structure_labels(name))).sum(axis=in_plane_axes) for name in structures]
     )
     window = 1 + 2 * round(_NEIGHBOURHOOD_MM / anatomy.voxel_mm)
     worst_px = ndimage.minimum_filter1d(areas_px, window, axis=1)
@@ -231,9 +220,7 @@ def _atlas_on_grid(
 
 
 def _regions(labels_DHW: LabelVolume, names: Mapping[int, str], prefix: str, suffix: str) -> Mask:
-    chosen = [
-        label for label, name in names.items() if name.startswith(prefix) and name.rstrip().endswith(suffix)
-    ]
+    chosen = [label for label, name in names.items() if name.startswith(prefix) and name.rstrip().endswith(suffix)]
     assert chosen, f"no region {prefix}*{suffix} in the label map"
     return np.isin(labels_DHW, chosen)
 

@@ -104,10 +104,7 @@ def _copy_record(
     if isinstance(record, ArrayRecord):
         # Built anew: an Array caches its chunks as memoryviews, which can be neither pickled nor deep-copied.
         return ArrayRecord(
-            {
-                name: Array(array.dtype, tuple(array.shape), array.stype, array.data)
-                for name, array in record.items()
-            }
+            {name: Array(array.dtype, tuple(array.shape), array.stype, array.data) for name, array in record.items()}
         )
     if isinstance(record, MetricRecord):
         metrics = record.copy()

@@ -42,7 +42,7 @@ from simulation.scanner import SCANNERS
 from simulation.warp import SlicePlane, WarpedSlice, align_slice, sample_patient_warp, warp_slice
 
 GENERATOR_VERSION = 1  # raise it when the same recipe would give other bytes: old cohorts are then rebuilt
-STATEMENT = "anatomy from 1 real brain (MNI152 average), patients are synthetic warps"
+STATEMENT = "Anatomy from 1 real brain (MNI152 average), patients are synthetic warps."
 
 # Slices of a patient are this far apart; each is moved by up to a third of it, as no two placements agree.
 _SLICE_SPACING_MM = 3.0
@@ -136,17 +136,13 @@ class CohortRecipe(BaseModel):
             except DataError as error:
                 raise ValueError(str(error)) from None
             if labels & taken:
-                raise ValueError(
-                    f"Expected disjoint structures, got {structure!r} twice or as a whole and a side."
-                )
+                raise ValueError(f"Expected disjoint structures, got {structure!r} twice or as a whole and a side.")
             taken |= labels
 
     @property
     def digest(self) -> str:
         """SHA-256 of the recipe and of the generator's version, in hexadecimal."""
-        return sha256_hex(
-            canonical_bytes({"recipe": self.model_dump(mode="json"), "generator": GENERATOR_VERSION})
-        )
+        return sha256_hex(canonical_bytes({"recipe": self.model_dump(mode="json"), "generator": GENERATOR_VERSION}))
 
 
 @dataclass(frozen=True)
@@ -181,9 +177,7 @@ def write_cohort(
     if _holds(directory, recipe):
         return manifests
     if directory.exists() and any(directory.iterdir()) and not (directory / "cohort.json").is_file():
-        raise DataError(
-            f"Expected a cohort or nothing at {directory}, got other files; choose another folder."
-        )
+        raise DataError(f"Expected a cohort or nothing at {directory}, got other files; choose another folder.")
     directory.parent.mkdir(parents=True, exist_ok=True)
     building = directory.with_name(f".{directory.name}-{os.getpid()}-building")
     shutil.rmtree(building, ignore_errors=True)  # left by a killed process that had the same number
@@ -250,9 +244,7 @@ def _build(recipe: CohortRecipe, directory: Path, progress: Callable[[int], None
 
 
 def _atlas_planes(recipe: CohortRecipe, anatomy: Anatomy) -> list[SlicePlane]:
-    plane, centre_mm = (
-        best_slice(anatomy, recipe.structures) if recipe.structures else ("axial", _LESION_SLICE_Z_MM)
-    )
+    plane, centre_mm = best_slice(anatomy, recipe.structures) if recipe.structures else ("axial", _LESION_SLICE_Z_MM)
     middle = (recipe.images_per_patient - 1) / 2
     return [
         SlicePlane(plane, centre_mm + (index - middle) * _SLICE_SPACING_MM, recipe.image_size)

@@ -28,9 +28,7 @@ _Device = Literal["auto", "cpu", "cuda", "mps"]
 
 @app.command(no_args_is_help=True)
 def simulate(
-    study: Annotated[
-        Path | None, typer.Argument(metavar="STUDY.toml", help="Study file.", show_default=False)
-    ] = None,
+    study: Annotated[Path | None, typer.Argument(metavar="STUDY.toml", help="Study file.", show_default=False)] = None,
     resume: Annotated[
         Path | None,
         typer.Option(metavar="RUN_DIR", help="Go on with a run that was stopped, in place of a study file."),
@@ -41,9 +39,7 @@ def simulate(
     ] = "in-process",
     workers: Annotated[
         int | None,
-        typer.Option(
-            min=0, metavar="N", help="Processes that train sites; 0 for none; one per core by default."
-        ),
+        typer.Option(min=0, metavar="N", help="Processes that train sites; 0 for none; one per core by default."),
     ] = None,
     device: Annotated[_Device, typer.Option(help="Where sites compute.")] = "auto",
     no_baselines: Annotated[

@@ -377,9 +377,7 @@ class InProcessGrid(Grid):
             logger.warning("worker died node_id=%d", node.node_id)
             reply = error_reply(errand.message, code=CLIENT_APP_CRASHED, reason=WORKER_DIED)
             stamp(reply, message_id=str(uuid4()), run_id=errand.message.metadata.run_id)
-        except (
-            BaseException
-        ) as failure:  # ours (a fork refused, a bug): for the sender to see, not this thread
+        except BaseException as failure:  # ours (a fork refused, a bug): for the sender to see, not this thread
             errand.reply.set_exception(failure)
             return
         self._deliver(reply, errand)
@@ -422,11 +420,7 @@ class InProcessGrid(Grid):
 
 
 def _nodes_from(node_configs: Mapping[int, UserConfig] | Sequence[UserConfig]) -> dict[int, _Node]:
-    by_id = (
-        node_configs
-        if isinstance(node_configs, Mapping)
-        else dict(enumerate(node_configs, start=FIRST_NODE_ID))
-    )
+    by_id = node_configs if isinstance(node_configs, Mapping) else dict(enumerate(node_configs, start=FIRST_NODE_ID))
     if not by_id:
         raise ValueError("Expected at least one node config, got none.")
     if min(by_id) <= SERVER_NODE_ID:

@@ -10,10 +10,8 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
@@ -27,10 +25,12 @@ from medfed.study import POOLED_SITE, StudyConfig, read_study
 from medfed.tasks import task_of
 from server.checkpoint import read_checkpoint, write_durably
 from server.report import write_report
+from server.results import Results
 from simulation.arms import Arm, arms_of
 from simulation.cohort import STATEMENT, CohortRecipe, SiteRecipe, write_cohort
 from simulation.overlays import draw_overlays
 from simulation.progress import Reporter, Silent
+from simulation.run_arms import Engine, run_arms, worker_count
 from simulation.run_folder import (
     cache_folder,
     config_folder,
@@ -39,10 +39,8 @@ from simulation.run_folder import (
     store_study,
     stored_study,
 )
-from simulation.summary import NO_PRIVACY, Summary, compare
+from simulation.summary import NO_PRIVACY, compare
 from strategies.registry import strategy_of
-
-Engine = Literal["in-process", "ray"]
 
 OWN_DATA = "Images of the user's own manifests."
 
@@ -57,7 +55,7 @@ class Run:
     """
 
     folder: Path
-    summary: Summary
+    summary: Results
 
 
 def simulate(
@@ -116,8 +114,15 @@ def simulate(
     refuse_shared_patients({name: cohort for name, cohort in cohorts.items() if name != POOLED_SITE})
 
     arms = arms_of(resolved, baselines=baselines)
-    num_workers = _num_workers(workers, chosen.type, len(sites))
-    _run_arms(arms, resolved, folder, sites, model, num_workers, engine, reporter)
+    run_arms(
+        arms,
+        resolved,
+        folder,
+        cohorts,
+        num_workers=worker_count(workers, chosen.type, len(sites)),
+        engine=engine,
+        reporter=reporter,
+    )
 
     reporter.stage("writing report")
     summary = _write_results(folder, resolved, arms, sites, model, provenance, started_s)
@@ -147,9 +152,7 @@ def _recipe(study: StudyConfig) -> CohortRecipe:
             seed=study.seed,
             structures=study.task.classes if study.task.kind == "segmentation" else (),
             images_per_patient=study.cohort.images_per_patient,
-            sites=tuple(
-                SiteRecipe(**site.model_dump(exclude={"data"}, exclude_none=True)) for site in study.sites
-            ),
+            sites=tuple(SiteRecipe(**site.model_dump(exclude={"data"}, exclude_none=True)) for site in study.sites),
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -175,92 +178,6 @@ def _open_sites(folder: Path, study: StudyConfig, manifests: Mapping[str, Path],
     return [site_of_partition(index) for index in range(len(virtual))]
 
 
-def _num_workers(asked: int | None, device_type: str, num_sites: int) -> int:
-    """Worker processes: one per core on a CPU unless told otherwise; none on a GPU, which has one queue."""
-    if device_type != "cpu":
-        return 0
-    if asked is not None:
-        return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return min(cores, num_sites) if cores > 1 else 0
-
-
-def _run_arms(
-    arms: list[Arm],
-    study: StudyConfig,
-    folder: Path,
-    sites: list[Site],
-    model: AdaptedModel,
-    num_workers: int,
-    engine: Engine,
-    reporter: Reporter,
-) -> None:
-    """Run every arm; with workers they run side by side and share them."""
-    from flwr.app import Context, Message, RecordDict
-
-    from client.app import app as client_app
-    from medfed.messages import RECORD_KEY, RoundReply
-    from server.app import app as server_app
-    from simulation.grid import InProcessGrid
-
-    def count(reply: Message) -> None:
-        if not reply.has_error():
-            header = RoundReply.parse({"header": str(reply.content[RECORD_KEY]["header"])})
-            reporter.step(header.num_examples)
-
-    def run(arm: Arm) -> None:
-        config = arm.run_config(study, folder)
-        if engine == "ray" and arm.scope == "federated":
-            from simulation.ray_engine import run_on_ray
-
-            run_on_ray(
-                server_app,
-                client_app,
-                num_nodes=len(study.sites),
-                run_config=config,
-                num_workers=max(1, num_workers),
-            )
-            return
-        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
-        server_app(grid=grid, context=context)
-
-    _warm_up_optimizers()
-    reporter.start("encoding and training", _images_to_go(arms, study, folder, sites, model))
-    node_configs: list[dict[str, bool | float | int | str]] = [{} for _ in sites]
-    with InProcessGrid(
-        client_app, node_configs=node_configs, run_config={}, workers=num_workers, on_reply=count
-    ) as grid:
-        if num_workers == 0:
-            for arm in arms:
-                run(arm)
-            return
-        grid.start()
-        with ThreadPoolExecutor(max_workers=len(arms)) as threads:
-            for outcome in [threads.submit(run, arm) for arm in arms]:
-                outcome.result()
-
-
-def _images_to_go(
-    arms: list[Arm], study: StudyConfig, folder: Path, sites: list[Site], model: AdaptedModel
-) -> int:
-    """Images that the arms will still report, for the progress bar."""
-    cohorts = {site.name: site.cohort(study, model.pixels) for site in sites}
-    every = study.rounds.evaluate_every
-    total = 0
-    for arm in arms:
-        state = read_checkpoint(
-            arm.folder(folder), study.resolved_manifest, study_digest=study.digest, scope=arm.scope
-        )
-        first = state.round if state else 0
-        rounds = range(first + 1, study.rounds.num_rounds + 1)
-        evaluations = sum(1 for r in rounds if r == study.rounds.num_rounds or (every and r % every == 0))
-        evaluations += 1 if state is None and arm.evaluate_initial else 0
-        total += sum(len(cohort.train) for cohort in cohorts.values())  # describe
-        total += len(rounds) * sum(len(cohorts[name].train) for name in arm.train_sites)
-        total += evaluations * sum(len(cohorts[name].test) for name in arm.evaluate_sites)
-    return total
-
-
 def _write_results(
     folder: Path,
     study: StudyConfig,
@@ -269,16 +186,14 @@ def _write_results(
     model: AdaptedModel,
     provenance: str,
     started_s: float,
-) -> Summary:
+) -> Results:
     final = read_checkpoint(folder, study.resolved_manifest, study_digest=study.digest, scope="federated")
     assert final is not None
     model.save(folder / "adapter", final.adapter_P)
     draw_overlays(folder / "figures", study, sites, model, final.adapter_P)
     task = task_of(study.task)
-    table, mean, worst = compare(
-        study, {arm.scope: metrics_of(arm.folder(folder)) for arm in arms}, task.primary
-    )
-    summary = Summary(
+    table, mean, worst = compare(study, {arm.scope: metrics_of(arm.folder(folder)) for arm in arms}, task.primary)
+    summary = Results(
         run_dir=str(folder),
         study=study.name,
         rounds=final.round,
@@ -295,15 +210,5 @@ def _write_results(
     return summary
 
 
-def _warm_up_optimizers() -> None:
-    """Import what the first optimiser step imports, once, before processes are forked."""
-    import torch
-
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.zeros(1)
-    torch.optim.AdamW([parameter]).step()
-
-
 def _quieten_libraries() -> None:
     logging.getLogger("flwr").setLevel(logging.WARNING)
-

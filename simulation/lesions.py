@@ -27,9 +27,7 @@ from simulation.warp import WarpedSlice
 Side = Literal["left", "right"]
 Size = Literal["small", "large"]
 
-DIAMETER_MM: Mapping[Size, tuple[float, float]] = MappingProxyType(
-    {"small": (4.0, 8.0), "large": (13.0, 20.0)}
-)
+DIAMETER_MM: Mapping[Size, tuple[float, float]] = MappingProxyType({"small": (4.0, 8.0), "large": (13.0, 20.0)})
 
 # Contrast against the tissue around, as a factor; T1: oedema and demyelination dark, blood and contrast bright.
 _HYPOINTENSE = (0.35, 0.6)
@@ -151,9 +149,7 @@ def _relative_radius(angle_HW: Tensor, outline: tuple[complex, ...]) -> Tensor:
     radius_HW = torch.ones_like(angle_HW)
     for order, amplitude in enumerate(outline, start=1):
         radius_HW = (
-            radius_HW
-            + amplitude.real * torch.cos(order * angle_HW)
-            + amplitude.imag * torch.sin(order * angle_HW)
+            radius_HW + amplitude.real * torch.cos(order * angle_HW) + amplitude.imag * torch.sin(order * angle_HW)
         )
     # The area under r(angle) is pi * (1 + sum |amplitude|^2 / 2) by Parseval's theorem.
     mean_square = 1.0 + sum(abs(amplitude) ** 2 for amplitude in outline) / 2

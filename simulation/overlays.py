@@ -78,9 +78,7 @@ def draw_overlays(
     write_durably(folder / "captions.json", json.dumps(captions, indent=2).encode())
 
 
-def _draw_site(
-    study: StudyConfig, site: Site, model: AdaptedModel, adapter_P: Tensor
-) -> tuple[bytes, str] | None:
+def _draw_site(study: StudyConfig, site: Site, model: AdaptedModel, adapter_P: Tensor) -> tuple[bytes, str] | None:
     """A PNG and what it shows; None if no held-out image of the site has something to show."""
     held_out = site.cohort(study, model.pixels).test
     upright = _Upright(study, site)

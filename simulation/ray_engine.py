@@ -172,9 +172,7 @@ def _toml_value(key: str, value: object) -> str:
             return _toml_string(value)
         case int() | float():
             return repr(value)
-    raise ValueError(
-        f"Expected a bool, int, float or str in run_config[{key!r}], got {type(value).__name__}."
-    )
+    raise ValueError(f"Expected a bool, int, float or str in run_config[{key!r}], got {type(value).__name__}.")
 
 
 def _toml_string(text: str) -> str:
@@ -211,9 +209,7 @@ def _ray_ended_on_leaving() -> Iterator[None]:
     finally:
         ray.shutdown()
         deadline_s = time.monotonic() + _RAY_GRACE_S
-        while (started := set(psutil.Process().children(recursive=True)) - others) and (
-            time.monotonic() < deadline_s
-        ):
+        while (started := set(psutil.Process().children(recursive=True)) - others) and (time.monotonic() < deadline_s):
             psutil.wait_procs(started, timeout=_NODES_POLL_S)
         late = list(filter(_belongs_to_ray, started))
         for process in late:

@@ -95,9 +95,7 @@ class Motion:
         height, width = image_1HW.shape[1:]
         frequency_H1 = torch.fft.fftfreq(height).unsqueeze(1)
         frequency_W = torch.fft.fftfreq(width)
-        shifts_px = (
-            torch.from_numpy(generator.uniform(-1.0, 1.0, (self.num_movements, 2))) * self.max_shift_px
-        )
+        shifts_px = torch.from_numpy(generator.uniform(-1.0, 1.0, (self.num_movements, 2))) * self.max_shift_px
         # Lines are read in order of signed frequency; the groups split that order evenly.
         group_H = ((frequency_H1[:, 0] + 0.5) * self.num_movements).long().clamp(max=self.num_movements - 1)
         moves_H2 = shifts_px[group_H].float()
@@ -145,9 +143,7 @@ class ScannerProfile:
             ValueError: a pixel is not finite.
         """
         if not bool(torch.isfinite(image_HW).all()):
-            raise ValueError(
-                "Expected a finite image, got NaN or infinity; mend the anatomy before scanning it."
-            )
+            raise ValueError("Expected a finite image, got NaN or infinity; mend the anatomy before scanning it.")
         image_1HW = image_HW.unsqueeze(0).float()
         if not bool(image_1HW.any()):
             return image_1HW[0].clone()

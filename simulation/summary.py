@@ -1,50 +1,15 @@
-"""The result of a simulation: one number per site, metric and arm, as an object that serialises to JSON."""
+"""From the metrics of the arms to the numbers that are compared: site, metric, column."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
 from medfed.study import StudyConfig
-
-Column = Literal["zero_shot", "local_only", "federated", "pooled"]
-COLUMNS: tuple[Column, ...] = get_args(Column)
+from server.results import COLUMNS, Column
 
 Metrics = Sequence[Mapping[str, Any]]
 """Lines of a ``metrics.jsonl``."""
-
-
-class Summary(BaseModel):
-    """What ``summary.json`` holds and ``medfed simulate --json`` prints.
-
-    Attributes:
-        run_dir: folder of the run.
-        study: its name.
-        rounds: rounds completed.
-        wall_s: seconds from start to report, this process.
-        primary: the metric to compare by; larger is better.
-        sites: site -> metric -> column -> value; a column that was not run, or a metric that could not be
-            computed, is left out.
-        mean: column -> mean of the primary metric over sites.
-        worst_site: column -> primary metric of the site where it is lowest.
-        privacy: in plain words.
-        cohort: where the images come from, in plain words.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    run_dir: str
-    study: str
-    rounds: int
-    wall_s: float
-    primary: str
-    sites: dict[str, dict[str, dict[Column, float]]]
-    mean: dict[Column, float]
-    worst_site: dict[Column, float]
-    privacy: str
-    cohort: str
 
 
 NO_PRIVACY = (
@@ -60,7 +25,10 @@ def compare(
     dict[Column, float],
     dict[Column, float],
 ]:
-    """Sites, mean and worst site of a :class:`Summary`, from the metrics of each arm by scope."""
+    """Sites, mean and worst site of :class:`server.results.Results`, from the metrics of each arm by scope.
+
+    Mean and worst site are over the sites that have every column, so that columns can be compared.
+    """
     last = study.rounds.num_rounds
     table: dict[str, dict[str, dict[Column, float]]] = {}
     for site in study.site_names:
@@ -72,15 +40,14 @@ def compare(
         }
         names = dict.fromkeys(name for values in found.values() for name in values)
         table[site] = {
-            name: {column: values[name] for column, values in found.items() if name in values}
-            for name in names
+            name: {column: values[name] for column, values in found.items() if name in values} for name in names
         }
-    by_column: dict[Column, list[float]] = {
-        column: [table[site][primary][column] for site in table if column in table[site].get(primary, {})]
-        for column in COLUMNS
-    }
-    mean = {column: sum(values) / len(values) for column, values in by_column.items() if values}
-    return table, mean, {column: min(values) for column, values in by_column.items() if values}
+    run = [column for column in COLUMNS if any(column in metrics.get(primary, {}) for metrics in table.values())]
+    complete = [metrics[primary] for metrics in table.values() if run and set(run) <= set(metrics.get(primary, {}))]
+    if not complete:
+        return table, {}, {}
+    mean: dict[Column, float] = {column: sum(m[column] for m in complete) / len(complete) for column in run}
+    return table, mean, {column: min(m[column] for m in complete) for column in run}
 
 
 def _evaluation(metrics: Metrics, site: str, round_number: int) -> dict[str, float]:

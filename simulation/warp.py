@@ -270,9 +270,7 @@ def _sample_velocity(generator: np.random.Generator) -> Tensor:
 
 
 def _sample_affine(generator: np.random.Generator) -> npt.NDArray[np.float64]:
-    rotation, log_scale, translation = np.clip(
-        generator.standard_normal((3, 3)), -_LARGEST_DRAW_SD, _LARGEST_DRAW_SD
-    )
+    rotation, log_scale, translation = np.clip(generator.standard_normal((3, 3)), -_LARGEST_DRAW_SD, _LARGEST_DRAW_SD)
     linear = np.diag(np.exp(_SCALE_SD * log_scale))
     for axis, angle in enumerate(np.deg2rad(_ROTATION_SD_DEGREES) * rotation):
         first, second = (axis + 1) % 3, (axis + 2) % 3

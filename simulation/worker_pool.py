@@ -106,9 +106,7 @@ class ForkedWorker(Generic[Request, Reply]):
             return cast(Reply, connection.recv())
         except (EOFError, OSError) as broken:
             self.stop(deadline_s=0.0)
-            raise WorkerDiedError(
-                "Expected a reply, got a dead worker: look at memory and exit calls."
-            ) from broken
+            raise WorkerDiedError("Expected a reply, got a dead worker: look at memory and exit calls.") from broken
 
     def stop(self, *, deadline_s: float) -> None:
         """End the child when it has answered; it is killed at ``deadline_s`` (monotonic clock)."""
@@ -157,8 +155,7 @@ def refuse_unsafe_fork() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise MedfedError(
-            "Expected to fork workers before CUDA is used, got a process with CUDA initialised: "
-            "use workers=0 on a GPU."
+            "Expected to fork workers before CUDA is used, got a process with CUDA initialised: use workers=0 on a GPU."
         )
 
 
@@ -169,9 +166,7 @@ def _join_or_kill(process: ForkProcess, *, deadline_s: float) -> None:
         process.join()
 
 
-def _answer_requests(
-    connection: Connection, parents_end: Connection, function: Callable[[Request], Reply]
-) -> None:
+def _answer_requests(connection: Connection, parents_end: Connection, function: Callable[[Request], Reply]) -> None:
     """Body of the child: reply to each request until told goodbye, or the pipe closes with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -59,12 +59,11 @@ class Phase:
 
     def upload_manifest(self, adapter: AdapterManifest) -> AdapterManifest:
         """What may travel in this phase, given the adapter's manifest; both ends derive it."""
-        return _upload_manifest(self, adapter.model_dump_json())
+        return _upload_manifest(self, adapter)
 
 
 @lru_cache(maxsize=32)
-def _upload_manifest(phase: Phase, adapter_json: str) -> AdapterManifest:
-    adapter = AdapterManifest.model_validate_json(adapter_json)
+def _upload_manifest(phase: Phase, adapter: AdapterManifest) -> AdapterManifest:
     zeros = adapter.unflatten(torch.zeros(adapter.num_elements))
     return AdapterManifest.of(phase.upload(zeros, zeros), method=adapter.method, rank=adapter.rank)
 

@@ -36,10 +36,7 @@ def aggregate(
     for site in present:
         total_P.add_(uploads[site], alpha=weights[site])
     sum_of_weights = sum(weights[site] for site in present)
-    tensors = {
-        name: tensor.double()
-        for name, tensor in zip(_names(manifest), _split(total_P, manifest), strict=True)
-    }
+    tensors = {name: tensor.double() for name, tensor in zip(_names(manifest), _split(total_P, manifest), strict=True)}
     means = {stat.name for stat in phase.stats if stat.reduce == "mean"}
     return {
         name: (tensor / sum_of_weights if _stat_of(name, phase) in means else tensor).float()

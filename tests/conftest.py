@@ -1,7 +1,8 @@
 """What every test may rely on: one thread, fixed examples, folders of its own, no network."""
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ settings.load_profile("medfed")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Caches and keys of the tests are the tests' own, and are shared by them."""
     folder = tmp_path_factory.mktemp("medfed")
     os.environ["MEDFED_CACHE"] = str(folder / "cache")
     os.environ["MEDFED_CONFIG"] = str(folder / "config")
-    yield folder
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -88,3 +89,26 @@ def make_study(make_cohort: Callable[..., Path]) -> Callable[..., StudyConfig]:
         )
 
     return make
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Callable[[StudyConfig], Path]:
+    """Writes a study as TOML, the part of TOML that studies need, and returns the file."""
+
+    def value(content: Any) -> str:
+        if isinstance(content, dict):
+            return "{" + ", ".join(f"{key} = {value(item)}" for key, item in content.items()) + "}"
+        return json.dumps(content)
+
+    def write(study: StudyConfig) -> Path:
+        data = study.model_dump(mode="json", exclude={"manifest"}, exclude_none=True)
+        lines = [f"{key} = {value(item)}" for key, item in data.items() if not isinstance(item, (dict, list))]
+        for key, item in data.items():
+            for section in item if isinstance(item, list) else [item] if isinstance(item, dict) else []:
+                lines.append(f"[[{key}]]" if isinstance(item, list) else f"[{key}]")
+                lines += [f"{name} = {value(content)}" for name, content in section.items()]
+        path = tmp_path / f"{study.name}-{study.digest[:8]}.toml"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return write

@@ -19,7 +19,7 @@ from medfed.errors import StudyError
 from medfed.models.pixels import PixelSpec
 from medfed.models.registry import Backbone, backbone_of
 from medfed.models.staged import count_frozen_stages
-from medfed.study import StudyConfig
+from medfed.study import LoraAdapterConfig, StudyConfig
 
 
 class AdaptedModel:
@@ -47,7 +47,7 @@ class AdaptedModel:
             )
         generator = torch.Generator().manual_seed(derive_seed(study.seed, "head"))
         backbone = entry.build(study.task, generator)
-        self._peft = _attach_lora(backbone, entry, study)
+        self._peft = _attach_adapter(backbone, entry, study)
         self.backbone: Any = self._peft.get_base_model()
         self.pixels: PixelSpec = entry.pixels
         self.device = device
@@ -57,7 +57,7 @@ class AdaptedModel:
         self.manifest = AdapterManifest.of(
             {name: parameter.detach() for name, parameter in trainable.items()},
             method=study.adapter.method,
-            rank=study.adapter.rank,
+            rank=study.adapter.rank if isinstance(study.adapter, LoraAdapterConfig) else None,
         )
         self.initial_P = self.manifest.flatten({name: p.detach() for name, p in trainable.items()})
         self.flat = _view_as_one(trainable, self.manifest, device)
@@ -94,7 +94,8 @@ class AdaptedModel:
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout and the like on or off."""
-        self._peft.train(mode)
+        if self._peft.training != mode:  # the modules below switch together, and there may be thousands
+            self._peft.train(mode)
 
     def save(self, folder: Path, adapter_P: Tensor) -> None:
         """Write ``adapter_P`` as a standard PEFT folder, which ``PeftModel.from_pretrained`` reads.
@@ -109,27 +110,39 @@ class AdaptedModel:
             self.load(before_P)
 
 
-def _attach_lora(backbone: nn.Module, entry: Backbone, study: StudyConfig) -> Any:
-    """Freeze the backbone and inject LoRA; A is drawn from the study's seed, B is zero."""
+def _attach_adapter(backbone: nn.Module, entry: Backbone, study: StudyConfig) -> Any:
+    """Freeze the backbone but for copies of its heads, and inject LoRA if the study says so.
+
+    LoRA's A is drawn from the study's seed, B is zero; heads start as the backbone has them.
+    """
     from peft import LoraConfig, get_peft_model
 
-    expression = entry.target_expression(study.adapter.targets)
-    config = LoraConfig(
-        r=study.adapter.rank,
-        lora_alpha=study.adapter.alpha,
-        target_modules=expression,
-        modules_to_save=list(entry.heads) or None,
-        lora_dropout=0.0,
-    )
+    config = LoraConfig(modules_to_save=list(entry.heads) or None, **_lora_arguments(entry, study))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(study.seed, "adapter"))
         try:
             return get_peft_model(backbone, config)
         except ValueError as error:
             raise StudyError(
-                f"Expected adapter.targets to name linear layers of {study.backbone.name}, "
-                f"got {study.adapter.targets!r}: {error}"
+                f"Expected an adapter that fits {study.backbone.name}, got {study.adapter.in_words}: {error}"
             ) from None
+
+
+def _lora_arguments(entry: Backbone, study: StudyConfig) -> dict[str, Any]:
+    if isinstance(study.adapter, LoraAdapterConfig):
+        return {
+            "r": study.adapter.rank,
+            "lora_alpha": study.adapter.alpha,
+            "target_modules": entry.target_expression(study.adapter.targets),
+        }
+    if not entry.heads:
+        raise StudyError(
+            f"Expected a backbone with fresh heads for adapter.method = 'heads', got {study.backbone.name}; use 'lora'."
+        )
+    # PEFT's own name for "inject nothing": what is left of the adapter are the modules to save.
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    return {"target_modules": DUMMY_TARGET_MODULES}
 
 
 def _trainable_by_name(peft_model: Any) -> dict[str, nn.Parameter]:
@@ -147,9 +160,7 @@ def _trainable_by_name(peft_model: Any) -> dict[str, nn.Parameter]:
     return named
 
 
-def _view_as_one(
-    trainable: dict[str, nn.Parameter], manifest: AdapterManifest, device: torch.device
-) -> nn.Parameter:
+def _view_as_one(trainable: dict[str, nn.Parameter], manifest: AdapterManifest, device: torch.device) -> nn.Parameter:
     """One flat Parameter whose storage, and gradient storage, the given parameters become views of."""
     flat = nn.Parameter(torch.empty(manifest.num_elements, dtype=torch.float32, device=device))
     flat.grad = torch.zeros_like(flat)

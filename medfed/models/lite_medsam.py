@@ -127,9 +127,7 @@ class LiteMedSam(nn.Module):
         self._check_num_stages(num_stages)
         expected = (3, self.image_size, self.image_size)
         if image_B3HW.ndim != 4 or image_B3HW.shape[1:] != expected:
-            raise ValueError(
-                f"Expected images of shape (B, {expected}), got {tuple(image_B3HW.shape)}; resize them."
-            )
+            raise ValueError(f"Expected images of shape (B, {expected}), got {tuple(image_B3HW.shape)}; resize them.")
         return self._run_encoder(image_B3HW, 0, num_stages)
 
     def resume(self, features: Tensor, num_stages: int) -> Tensor:

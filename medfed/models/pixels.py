@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Literal
 
 from medfed.canonical import canonical_bytes, sha256_hex
@@ -28,7 +29,7 @@ class PixelSpec:
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the preprocessing, hexadecimal."""
         return sha256_hex(canonical_bytes([TRANSFORM_VERSION, asdict(self)]))

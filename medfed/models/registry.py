@@ -99,14 +99,10 @@ def _vit_s_focus(task: SegmentationConfig | ClassificationConfig, generator: tor
     from medfed.models.vit_classifier import vit_s_focus_classifier
 
     targets = cast(ClassificationConfig, task).targets
-    return vit_s_focus_classifier(
-        {name: len(classes) for name, classes in targets.items()}, generator=generator
-    )
+    return vit_s_focus_classifier({name: len(classes) for name, classes in targets.items()}, generator=generator)
 
 
-def _stand_in_segmenter(
-    _task: SegmentationConfig | ClassificationConfig, generator: torch.Generator
-) -> nn.Module:
+def _stand_in_segmenter(_task: SegmentationConfig | ClassificationConfig, generator: torch.Generator) -> nn.Module:
     from medfed.models.lite_medsam import LiteMedSamConfig, build_lite_medsam
 
     with torch.random.fork_rng(devices=[]):
@@ -114,17 +110,13 @@ def _stand_in_segmenter(
         return build_lite_medsam(LiteMedSamConfig.tiny())
 
 
-def _stand_in_classifier(
-    task: SegmentationConfig | ClassificationConfig, generator: torch.Generator
-) -> nn.Module:
+def _stand_in_classifier(task: SegmentationConfig | ClassificationConfig, generator: torch.Generator) -> nn.Module:
     from medfed.models.vit_classifier import tiny_vit_classifier
 
     targets = cast(ClassificationConfig, task).targets
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        return tiny_vit_classifier(
-            {name: len(classes) for name, classes in targets.items()}, generator=generator
-        )
+        return tiny_vit_classifier({name: len(classes) for name, classes in targets.items()}, generator=generator)
 
 
 _DECODER_QV = r"mask_decoder\.transformer\..*\.(q_proj|v_proj)"

@@ -137,9 +137,7 @@ class PromptEncoder(nn.Module):
     def pixel_positions(self) -> Tensor:
         """Returns float (P, C): the position features of the centres of the embedding grid, row-major."""
         weight = self.no_mask_embed.weight
-        center = (
-            torch.arange(self.grid_side, device=weight.device, dtype=weight.dtype) + 0.5
-        ) / self.grid_side
+        center = (torch.arange(self.grid_side, device=weight.device, dtype=weight.dtype) + 0.5) / self.grid_side
         y_HW, x_HW = torch.meshgrid(center, center, indexing="ij")
         position_PC: Tensor = self.pe_layer(torch.stack([x_HW, y_HW], dim=-1).flatten(0, 1))
         return position_PC
@@ -278,9 +276,7 @@ class TwoWayTransformer(nn.Module):
                 pixel_position_PC=pixel_position_PC,
                 owner_N=owner_N if index == 0 else None,
             )
-        gathered_NQC = self.final_attn_token_to_image(
-            query_NQC + token_NQC, image_MPC + pixel_position_PC, image_MPC
-        )
+        gathered_NQC = self.final_attn_token_to_image(query_NQC + token_NQC, image_MPC + pixel_position_PC, image_MPC)
         return self.norm_final_attn(query_NQC + gathered_NQC), image_MPC
 
 
@@ -324,9 +320,7 @@ class MaskDecoder(nn.Module):
         self.output_hypernetworks_mlps = nn.ModuleList(HeadMlp(width, width // 8) for _ in range(num_masks))
         self.iou_prediction_head = HeadMlp(width, num_masks)
 
-    def forward(
-        self, image_BCHW: Tensor, pixel_position_PC: Tensor, corner_N2C: Tensor, owner_N: Tensor
-    ) -> Tensor:
+    def forward(self, image_BCHW: Tensor, pixel_position_PC: Tensor, corner_N2C: Tensor, owner_N: Tensor) -> Tensor:
         """Returns mask logits, float (N, 4 * H, 4 * W).
 
         Args:

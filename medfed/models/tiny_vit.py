@@ -61,9 +61,7 @@ class TinyVitConfig:
             raise ValueError(f"Expected image_size to be a positive multiple of 4, got {self.image_size}.")
         for width, heads in zip(self.widths[1:], self.heads[1:], strict=True):
             if width % heads:
-                raise ValueError(
-                    f"Expected each width to be a multiple of its heads, got {width} and {heads}."
-                )
+                raise ValueError(f"Expected each width to be a multiple of its heads, got {width} and {heads}.")
 
 
 class ConvBN(nn.Module):
@@ -267,9 +265,7 @@ class AttentionLayer(nn.Module):
             TinyVitBlock(width, heads, side, config.expansion) for _ in range(config.depths[layer])
         )
         is_last = layer == NUM_LAYERS - 1
-        self.downsample = (
-            None if is_last else PatchMerging(width, config.widths[layer + 1], MERGE_STRIDES[layer])
-        )
+        self.downsample = None if is_last else PatchMerging(width, config.widths[layer + 1], MERGE_STRIDES[layer])
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Returns float (B, H', W', O), contiguous."""

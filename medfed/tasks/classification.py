@@ -41,9 +41,7 @@ class ClassificationTask(Task):
         ]
         return per_target[0] if len(per_target) == 1 else torch.stack(per_target).sum(dim=0)
 
-    def evaluate(
-        self, model: AdaptedModel, batches: Iterable[tuple[Tensor, Mapping[str, Tensor]]]
-    ) -> dict[str, float]:
+    def evaluate(self, model: AdaptedModel, batches: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> dict[str, float]:
         """Balanced accuracy of each target (mean recall over the classes that occur), and their mean."""
         predicted: dict[str, list[int]] = {name: [] for name in self.targets}
         truth: dict[str, list[int]] = {name: [] for name in self.targets}

@@ -87,9 +87,7 @@ class SegmentationTask(Task):
     def __init__(self, config: SegmentationConfig) -> None:
         self.classes = config.classes
 
-    def collate(
-        self, annotations: Sequence[SegmentationAnnotation], device: torch.device
-    ) -> SegmentationTarget:
+    def collate(self, annotations: Sequence[SegmentationAnnotation], device: torch.device) -> SegmentationTarget:
         """Boxes of all images in one list, with their owners."""
         counts = torch.tensor([len(a.class_M) for a in annotations])
         owner_N = torch.repeat_interleave(torch.arange(len(annotations)), counts)
@@ -114,9 +112,7 @@ class SegmentationTask(Task):
         count_B = torch.bincount(target.owner_N, minlength=target.num_images).clamp(min=1)
         return total_B / count_B
 
-    def evaluate(
-        self, model: AdaptedModel, batches: Iterable[tuple[Tensor, SegmentationTarget]]
-    ) -> dict[str, float]:
+    def evaluate(self, model: AdaptedModel, batches: Iterable[tuple[Tensor, SegmentationTarget]]) -> dict[str, float]:
         """Mean Dice over the images that hold a structure, for each structure, and the mean of those."""
         sums, counts = np.zeros(len(self.classes)), np.zeros(len(self.classes), dtype=int)
         with torch.no_grad():

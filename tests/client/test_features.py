@@ -9,6 +9,7 @@ import torch
 
 from client.data import load_cohort
 from client.features import FeatureCache, cache_key
+from medfed.errors import SiteError
 from medfed.models.adapted import AdaptedModel, adapted_model
 from medfed.study import StudyConfig
 
@@ -98,5 +99,5 @@ def test_key_is_made_once_and_for_its_owner_only(tmp_path: Path) -> None:
     assert cache_key(path) == cache_key(path)
     assert path.stat().st_mode & 0o777 == 0o600
     path.chmod(0o644)
-    with pytest.raises(PermissionError, match="chmod 600"):
+    with pytest.raises(SiteError, match="chmod 600"):
         cache_key(path)

@@ -32,7 +32,12 @@ def cohort(study: StudyConfig, model: AdaptedModel) -> Cohort:
 
 
 def run(study: StudyConfig, model: AdaptedModel, cohort: Cohort, *, seed: int = 0, **options: object) -> TrainResult:
-    settings: dict = {"start_P": model.initial_P, "trainable": lambda _: True, "features": FeatureCache(), **options}
+    settings: dict = {
+        "start_P": model.initial_P,
+        "trainable": lambda _: True,
+        "features": FeatureCache(),
+        **options,
+    }
     return train_locally(
         model,
         task_of(study.task),
@@ -53,17 +58,19 @@ def test_training_is_fixed_by_its_arguments(study: StudyConfig, model: AdaptedMo
 
 
 def test_order_of_images_comes_from_the_generator(study: StudyConfig, model: AdaptedModel, cohort: Cohort) -> None:
-    assert not torch.equal(
-        run(study, model, cohort, seed=0).adapter_P, run(study, model, cohort, seed=3).adapter_P
-    )
+    assert not torch.equal(run(study, model, cohort, seed=0).adapter_P, run(study, model, cohort, seed=3).adapter_P)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_flat_training_agrees_with_a_plain_torch_loop(
-    make_study: Callable[..., StudyConfig], optimizer: str
-) -> None:
+def test_flat_training_agrees_with_a_plain_torch_loop(make_study: Callable[..., StudyConfig], optimizer: str) -> None:
     """Oracle: separate parameters, torch's own optimiser over all of them, whole images, no cache."""
-    training = {"local_epochs": 2, "batch_size": 2, "learning_rate": 0.01, "optimizer": optimizer, "order": "sequential"}
+    training = {
+        "local_epochs": 2,
+        "batch_size": 2,
+        "learning_rate": 0.01,
+        "optimizer": optimizer,
+        "order": "sequential",
+    }
     study = make_study(("north",), training=training)
     model = AdaptedModel(study, torch.device("cpu"))
     assert study.sites[0].data is not None
@@ -135,9 +142,7 @@ def test_augmented_training_differs_and_is_repeatable(make_study: Callable[..., 
     assert not torch.equal(first.adapter_P, run(study, model, cohort, seed=4).adapter_P)
 
 
-def test_evaluation_does_not_depend_on_the_batch_size(
-    study: StudyConfig, model: AdaptedModel, cohort: Cohort
-) -> None:
+def test_evaluation_does_not_depend_on_the_batch_size(study: StudyConfig, model: AdaptedModel, cohort: Cohort) -> None:
     trained = run(study, model, cohort).adapter_P
     task = task_of(study.task)
     results = [
@@ -152,9 +157,9 @@ def test_evaluation_does_not_depend_on_the_batch_size(
 def test_metrics_of_a_class_that_never_occurs_are_left_out(
     study: StudyConfig, model: AdaptedModel, cohort: Cohort
 ) -> None:
-    from medfed.tasks.segmentation import annotate
-
     import numpy as np
+
+    from medfed.tasks.segmentation import annotate
 
     empty = dataclass_replace(cohort.test[0], annotation=annotate(np.zeros((64, 64)), 2))
     metrics = evaluate(

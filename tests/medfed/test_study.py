@@ -86,7 +86,11 @@ def test_file_and_object_are_the_same_study(tmp_path: Path) -> None:
         ('classes = ["thalamus"]', "classes = []", "task.classes"),
         ('scanner = "reference-3t"\n', "", "scanner is missing"),
         ('[cohort]\nkind = "brain-structures"\n', "", "needs a \\[cohort\\] section"),
-        ("learning_rate = 1e-3", 'learning_rate = 1e-3\noptimizer="sgd"\nweight_decay=0.1', "weight_decay needs"),
+        (
+            "learning_rate = 1e-3",
+            'learning_rate = 1e-3\noptimizer="sgd"\nweight_decay=0.1',
+            "weight_decay needs",
+        ),
         ("[rounds]", "[rounds", "valid TOML"),
     ],
 )

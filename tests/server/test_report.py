@@ -103,9 +103,7 @@ def make_run(folder: Path, study=None, summary=None, *, captions=(), pooled=True
         (folder / "arms/pooled").mkdir(parents=True, exist_ok=True)
         (folder / "arms/pooled/metrics.jsonl").write_text(
             "".join(
-                json.dumps(
-                    {"event": "train", "scope": "pooled", "round": r, "site": "pooled", "loss": 0.5 * 0.75**r}
-                )
+                json.dumps({"event": "train", "scope": "pooled", "round": r, "site": "pooled", "loss": 0.5 * 0.75**r})
                 + "\n"
                 for r in range(1, 4)
             )
@@ -187,9 +185,7 @@ def test_best_trained_column_is_marked_and_zero_shot_never(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("before", "after", "verb"), [(0.5, 0.6, "rises"), (0.6, 0.5, "falls"), (0.6001, 0.6003, "stays")]
 )
-def test_result_sentence_says_which_way_it_went(
-    tmp_path: Path, before: float, after: float, verb: str
-) -> None:
+def test_result_sentence_says_which_way_it_went(tmp_path: Path, before: float, after: float, verb: str) -> None:
     scores = {"a": {"dice": (before, 0.4, after, 0.7)}, "b": {"dice": (before, 0.3, after, 0.7)}}
     results = read_results(make_run(tmp_path / "r", make_study(("a", "b")), make_summary(scores)))
     sentence = result_sentence(results, column_labels("segmentation"))
@@ -206,10 +202,7 @@ def test_sites_that_do_better_alone_are_named(run_dir: Path) -> None:
 def test_loss_in_the_mean_is_named(tmp_path: Path) -> None:
     scores = {"a": {"dice": (0.1, 0.9, 0.5, 0.9)}, "b": {"dice": (0.1, 0.5, 0.5, 0.9)}}
     text = text_of(render(make_run(tmp_path / "r", make_study(("a", "b")), make_summary(scores))))
-    assert (
-        "Training alone beats federated: a (0.900 against 0.500), mean of sites (0.700 against 0.500)."
-        in text
-    )
+    assert "Training alone beats federated: a (0.900 against 0.500), mean of sites (0.700 against 0.500)." in text
 
 
 def test_sites_that_federation_harms_are_named(tmp_path: Path) -> None:
@@ -269,9 +262,7 @@ def test_study_facts_are_those_of_the_study(run_dir: Path) -> None:
 
 
 def test_paths_to_data_are_not_in_the_report(tmp_path: Path) -> None:
-    study = make_study(("north",)).replace(
-        cohort=None, sites=[{"name": "north", "data": "/secret/place/manifest.csv"}]
-    )
+    study = make_study(("north",)).replace(cohort=None, sites=[{"name": "north", "data": "/secret/place/manifest.csv"}])
     summary = make_summary({"north": SEGMENTATION["north"]})
     html = render(make_run(tmp_path / "r", study, summary))
     assert "/secret/place" not in html

@@ -29,13 +29,9 @@ def main(grid: Grid, context: Context) -> None:
     seen: list[str] = []
     for fail in (False, True, False):
         content = RecordDict({"m": ConfigRecord({"fail": fail})})
-        replies = grid.send_and_receive(
-            [Message(content, node_id, "train") for node_id in grid.get_node_ids()]
-        )
+        replies = grid.send_and_receive([Message(content, node_id, "train") for node_id in grid.get_node_ids()])
         seen += sorted(
             repr(sorted(reply.content["m"].items())) if reply.has_content() else str(reply.error.reason)
             for reply in replies
         )
-    context.state["seen"] = ConfigRecord(
-        {"replies": seen, "config": repr(sorted(context.run_config.items()))}
-    )
+    context.state["seen"] = ConfigRecord({"replies": seen, "config": repr(sorted(context.run_config.items()))})

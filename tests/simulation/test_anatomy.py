@@ -14,9 +14,7 @@ pytestmark = pytest.mark.weights
 
 def test_image_and_labels_share_a_grid_of_one_millimetre() -> None:
     anatomy = load_anatomy()
-    assert (
-        anatomy.t1_DHW.shape == anatomy.labels_DHW.shape == anatomy.white_matter_DHW.shape == (189, 233, 197)
-    )
+    assert anatomy.t1_DHW.shape == anatomy.labels_DHW.shape == anatomy.white_matter_DHW.shape == (189, 233, 197)
     assert (anatomy.t1_DHW.dtype, anatomy.labels_DHW.dtype) == (np.float32, np.int16)
     assert anatomy.t1_DHW.min() == 0.0
     assert anatomy.t1_DHW.max() == 1.0

@@ -149,9 +149,7 @@ def test_failed_build_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @needs_anatomy
 def test_lesion_cohort_keeps_prevalence_targets_and_masks(tmp_path: Path) -> None:
-    site = SiteRecipe(
-        name="east", scanner="noisy-1p5t", train_patients=8, test_patients=4, lesion_prevalence=0.25
-    )
+    site = SiteRecipe(name="east", scanner="noisy-1p5t", train_patients=8, test_patients=4, lesion_prevalence=0.25)
     recipe = CohortRecipe(kind="brain-lesions", seed=1, image_size=128, sites=(site,))
     manifest = write_cohort(recipe, tmp_path / "lesions")["east"]
     rows = rows_of(manifest)
@@ -193,9 +191,7 @@ def test_inconsistent_recipe_is_refused(change: dict[str, object], message: str)
         CohortRecipe.model_validate(fields | change)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("name", "../north"), ("name", "North"), ("scanner", "unknown")]
-)
+@pytest.mark.parametrize(("field", "value"), [("name", "../north"), ("name", "North"), ("scanner", "unknown")])
 def test_site_with_a_strange_name_or_scanner_is_refused(field: str, value: str) -> None:
     with pytest.raises(ValidationError, match="Expected"):
         SiteRecipe.model_validate(NORTH.model_dump() | {field: value})

@@ -136,8 +136,7 @@ def digests(replies: list[Message]) -> list[str]:
 
 def rounds(grid: InProcessGrid, num_rounds: int) -> list[list[str]]:
     return [
-        digests(grid.send_and_receive(to_all(grid, record(payload=bytes([r])), "train")))
-        for r in range(num_rounds)
+        digests(grid.send_and_receive(to_all(grid, record(payload=bytes([r])), "train"))) for r in range(num_rounds)
     ]
 
 
@@ -163,24 +162,18 @@ def test_a_server_app_runs_unmodified(make_grid: Callable[..., InProcessGrid], w
 
 
 @pytest.mark.parametrize("workers", WORKER_COUNTS)
-def test_replies_come_in_the_order_of_the_messages(
-    make_grid: Callable[..., InProcessGrid], workers: int
-) -> None:
+def test_replies_come_in_the_order_of_the_messages(make_grid: Callable[..., InProcessGrid], workers: int) -> None:
     grid = make_grid(nodes=6, workers=workers)
     naps = [0.05, 0.0, 0.03, 0.0, 0.02, 0.0]
     node_ids = grid.get_node_ids()[::-1]
     messages = [Message(record(seconds=s), n, "train.sleep") for s, n in zip(naps, node_ids, strict=True)]
     replies = grid.send_and_receive(messages)
     assert [reply.metadata.src_node_id for reply in replies] == node_ids
-    assert [reply.metadata.reply_to_message_id for reply in replies] == [
-        m.metadata.message_id for m in messages
-    ]
+    assert [reply.metadata.reply_to_message_id for reply in replies] == [m.metadata.message_id for m in messages]
 
 
 @pytest.mark.parametrize("workers", WORKER_COUNTS)
-def test_neither_side_can_change_what_the_other_holds(
-    make_grid: Callable[..., InProcessGrid], workers: int
-) -> None:
+def test_neither_side_can_change_what_the_other_holds(make_grid: Callable[..., InProcessGrid], workers: int) -> None:
     grid = make_grid(workers=workers)
     array = Array(np.arange(3.0))
     shared = RecordDict(
@@ -346,9 +339,7 @@ def test_one_hundred_nodes_with_large_messages(make_grid: Callable[..., InProces
     grid = make_grid(nodes=100, workers=workers)
     payload = bytes(200_000)
     for _ in range(3):
-        replies = grid.send_and_receive(
-            to_all(grid, record(payload=payload, seconds=0.0), "train.sleep"), timeout=60
-        )
+        replies = grid.send_and_receive(to_all(grid, record(payload=payload, seconds=0.0), "train.sleep"), timeout=60)
         assert [r.metadata.src_node_id for r in replies] == grid.get_node_ids()
         assert all(r.content["m"]["payload"] == payload for r in replies)
 
@@ -380,9 +371,7 @@ def test_unknown_node_is_refused_before_anything_runs(make_grid: Callable[..., I
 
 
 def test_nodes_can_be_given_by_id_and_know_their_partition() -> None:
-    grid = InProcessGrid(
-        client_app, node_configs={50: {"site": "a"}, 40: {"site": "b"}}, run_config={"seed": 1}
-    )
+    grid = InProcessGrid(client_app, node_configs={50: {"site": "a"}, 40: {"site": "b"}}, run_config={"seed": 1})
     assert grid.get_node_ids() == [50, 40]
     assert grid._node(40).node_config == {"site": "b", "partition-id": 1, "num-partitions": 2}
 
@@ -451,9 +440,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         "grid.start()\nprint(*grid.worker_pids(), flush=True)\ntime.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, env=environment, text=True
-    ) as parent:
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment, text=True) as parent:
         assert parent.stdout is not None
         pids = [int(word) for word in parent.stdout.readline().split()]
         parent.kill()

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,23 +21,7 @@ from simulation.harness import Run, simulate
 from simulation.run_folder import metrics_of, stored_study
 
 MakeStudy = Callable[..., StudyConfig]
-
-
-def write_study(path: Path, study: StudyConfig) -> Path:
-    """The study as TOML; the part of TOML that studies need."""
-
-    def section(name: str, values: dict[str, Any]) -> str:
-        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
-        return "\n".join([f"[{name}]", *lines])
-
-    data = study.model_dump(mode="json", exclude={"manifest", "cohort"})
-    text = [f"name = {json.dumps(data['name'])}", f"seed = {data['seed']}"]
-    for name, values in data.items():
-        if isinstance(values, dict):
-            text.append(section(name, values))
-    text += [section("[sites]", site) for site in data["sites"]]
-    path.write_text("\n".join(text) + "\n")
-    return path
+StudyFile = Callable[[StudyConfig], Path]
 
 
 def adapter_of(run: Run) -> torch.Tensor:
@@ -48,13 +31,16 @@ def adapter_of(run: Run) -> torch.Tensor:
     return state.adapter_P
 
 
-def test_run_leaves_everything_it_promises(make_study: MakeStudy, tmp_path: Path) -> None:
-    run = simulate(write_study(tmp_path / "s.toml", make_study()), out=tmp_path / "runs", workers=0)
+def test_run_leaves_everything_it_promises(make_study: MakeStudy, study_file: StudyFile, tmp_path: Path) -> None:
+    run = simulate(study_file(make_study()), out=tmp_path / "runs", workers=0)
     names = {path.name for path in run.folder.iterdir()}
     assert names >= {
         "study.json", "sites.json", "metrics.jsonl", "adapter", "arms", "summary.json", "report.html", "figures",
     }  # fmt: skip
-    assert {p.name for p in (run.folder / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in (run.folder / "adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert set(run.summary.sites) == {"north", "south"}
     for site in run.summary.sites.values():
         assert set(site["dice"]) == {"zero_shot", "local_only", "federated", "pooled"}
@@ -62,11 +48,13 @@ def test_run_leaves_everything_it_promises(make_study: MakeStudy, tmp_path: Path
     assert {line["scope"] for line in metrics_of(run.folder)} == {"federated"}
 
 
-def test_adapter_folder_loads_with_peft_and_gives_the_same_masks(make_study: MakeStudy, tmp_path: Path) -> None:
+def test_adapter_folder_loads_with_peft_and_gives_the_same_masks(
+    make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
+) -> None:
     import medfed
     from medfed.models.adapted import AdaptedModel
 
-    run = simulate(write_study(tmp_path / "s.toml", make_study()), out=tmp_path / "runs", workers=0)
+    run = simulate(study_file(make_study()), out=tmp_path / "runs", workers=0)
     trained_P = adapter_of(run)
     model = AdaptedModel(stored_study(run.folder), torch.device("cpu"))
     fresh = AdaptedModel(stored_study(run.folder), torch.device("cpu"))._peft.unload()
@@ -82,8 +70,10 @@ def test_adapter_folder_loads_with_peft_and_gives_the_same_masks(make_study: Mak
 
 
 @pytest.mark.process
-def test_result_is_bit_identical_for_any_number_of_workers(make_study: MakeStudy, tmp_path: Path) -> None:
-    path = write_study(tmp_path / "s.toml", make_study())
+def test_result_is_bit_identical_for_any_number_of_workers(
+    make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
+) -> None:
+    path = study_file(make_study())
     runs = [simulate(path, out=tmp_path / f"runs{n}", workers=n) for n in (0, 1, 2)]
     for other in runs[1:]:
         assert torch.equal(adapter_of(runs[0]), adapter_of(other))
@@ -91,27 +81,28 @@ def test_result_is_bit_identical_for_any_number_of_workers(make_study: MakeStudy
         assert runs[0].summary.sites == other.summary.sites
 
 
-def test_same_study_and_seed_give_the_same_metrics(make_study: MakeStudy, tmp_path: Path) -> None:
-    path = write_study(tmp_path / "s.toml", make_study())
+def test_same_study_and_seed_give_the_same_metrics(
+    make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
+) -> None:
+    path = study_file(make_study())
     first, second = (simulate(path, out=tmp_path / name, workers=0, baselines=False) for name in ("a", "b"))
     assert (first.folder / "metrics.jsonl").read_bytes() == (second.folder / "metrics.jsonl").read_bytes()
     assert torch.equal(adapter_of(first), adapter_of(second))
 
 
-def test_another_seed_gives_another_adapter(make_study: MakeStudy, tmp_path: Path) -> None:
+def test_another_seed_gives_another_adapter(make_study: MakeStudy, study_file: StudyFile, tmp_path: Path) -> None:
     study = make_study()
-    runs = [
-        simulate(write_study(tmp_path / f"{seed}.toml", study.replace(seed=seed)), out=tmp_path, workers=0, baselines=False)
-        for seed in (1, 2)
-    ]
+    runs = [simulate(study_file(study.replace(seed=seed)), out=tmp_path, workers=0, baselines=False) for seed in (1, 2)]
     assert not torch.equal(adapter_of(runs[0]), adapter_of(runs[1]))
 
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_killed_run_is_resumed_to_the_same_adapter_bit_for_bit(make_study: MakeStudy, tmp_path: Path) -> None:
+def test_killed_run_is_resumed_to_the_same_adapter_bit_for_bit(
+    make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
+) -> None:
     study = make_study(rounds={"num_rounds": 12}, training={"local_epochs": 4, "batch_size": 1, "learning_rate": 0.01})
-    path = write_study(tmp_path / "s.toml", study)
+    path = study_file(study)
     command = [sys.executable, "-m", "medfed", "simulate", str(path), "--workers", "2", "--json"]
     with subprocess.Popen([*command, "--out", str(tmp_path / "killed")], start_new_session=True) as process:
         checkpoint = _wait_for(tmp_path / "killed", "*/metrics.jsonl", b'"round": 2')
@@ -121,7 +112,9 @@ def test_killed_run_is_resumed_to_the_same_adapter_bit_for_bit(make_study: MakeS
     stopped_at = max(line["round"] for line in metrics_of(folder))
     assert 2 <= stopped_at < 12
 
-    done = subprocess.run([*command[:3], "simulate", "--resume", str(folder), "--json"], capture_output=True, check=True)
+    done = subprocess.run(
+        [*command[:3], "simulate", "--resume", str(folder), "--json"], capture_output=True, check=True
+    )
     resumed = json.loads(done.stdout)
     undisturbed = simulate(path, out=tmp_path / "undisturbed", workers=0)
     assert resumed["sites"] == undisturbed.summary.model_dump()["sites"]
@@ -141,14 +134,16 @@ def _wait_for(root: Path, pattern: str, content: bytes, timeout_s: float = 90.0)
     raise AssertionError(f"no {pattern} with {content!r} in {root} within {timeout_s} s")
 
 
-def test_site_that_cannot_be_read_stops_the_run_before_it_starts(make_study: MakeStudy, tmp_path: Path) -> None:
+def test_site_that_cannot_be_read_stops_the_run_before_it_starts(
+    make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
+) -> None:
     import nibabel
 
     study = make_study()
     image = next((tmp_path / "cohorts" / "south").glob("image0*"))
     nibabel.save(nibabel.Nifti1Image(np.full((64, 64), np.nan, np.float32), np.eye(4)), image)
     with pytest.raises(DataError, match="row 2: .*image0.nii.gz: expected finite voxels"):
-        simulate(write_study(tmp_path / "s.toml", study), out=tmp_path / "runs", workers=0)
+        simulate(study_file(study), out=tmp_path / "runs", workers=0)
 
 
 def test_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
@@ -158,21 +153,21 @@ def test_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
         simulate()
 
 
-def test_wrong_backbone_digest_is_refused_with_the_right_one(make_study: MakeStudy, tmp_path: Path) -> None:
+def test_wrong_backbone_digest_is_refused_with_the_right_one(
+    make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
+) -> None:
     study = make_study(backbone={"name": "stand-in-segmenter", "sha256": "1" * 64})
     with pytest.raises(MedfedError, match="backbone.sha256 = 0000"):
-        simulate(write_study(tmp_path / "s.toml", study), out=tmp_path / "runs")
+        simulate(study_file(study), out=tmp_path / "runs")
 
 
-def test_classification_study_runs_with_its_heads(make_study: MakeStudy, tmp_path: Path) -> None:
+def test_classification_study_runs_with_its_heads(make_study: MakeStudy, study_file: StudyFile, tmp_path: Path) -> None:
     study = make_study(
         backbone={"name": "stand-in-classifier", "sha256": "0" * 64},
         adapter={"rank": 2, "alpha": 4.0, "targets": "last-block"},
         task={"kind": "classification", "targets": {"side": ("left", "right")}},
     )
-    path = tmp_path / "s.toml"
-    write_study(path, study)
-    path.write_text(path.read_text().replace('{"side": ["left", "right"]}', '{side = ["left", "right"]}'))
+    path = study_file(study)
     run = simulate(path, out=tmp_path / "runs", workers=0)
     assert set(run.summary.sites["north"]) == {"balanced-accuracy", "balanced-accuracy/side"}
     stored = load_file(run.folder / "adapter" / "adapter_model.safetensors")
@@ -180,8 +175,10 @@ def test_classification_study_runs_with_its_heads(make_study: MakeStudy, tmp_pat
     assert any("lora_A" in name for name in stored)
 
 
-def test_arms_make_the_same_number_of_passes_over_every_image(make_study: MakeStudy, tmp_path: Path) -> None:
-    run = simulate(write_study(tmp_path / "s.toml", make_study()), out=tmp_path / "runs", workers=0)
+def test_arms_make_the_same_number_of_passes_over_every_image(
+    make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
+) -> None:
+    run = simulate(study_file(make_study()), out=tmp_path / "runs", workers=0)
     rounds = {
         scope: len({line["round"] for line in metrics_of(run.folder / "arms" / scope) if line["event"] == "train"})
         for scope in ("pooled", "local-north", "local-south")

@@ -58,10 +58,7 @@ def test_size_classes_do_not_overlap_and_all_classes_occur() -> None:
     assert DIAMETER_MM["small"][1] < DIAMETER_MM["large"][0]
     lesions = [sample_lesion(np.random.default_rng(seed)) for seed in range(60)]
     assert {(lesion.side, lesion.size, lesion.contrast < 1) for lesion in lesions} == {
-        (side, size, dark)
-        for side in ("left", "right")
-        for size in ("small", "large")
-        for dark in (True, False)
+        (side, size, dark) for side in ("left", "right") for size in ("small", "large") for dark in (True, False)
     }
 
 

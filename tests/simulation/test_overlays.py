@@ -72,9 +72,7 @@ def make_study(task: str, *, sites=("north", "south"), simulated=True) -> StudyC
             else {"kind": "classification", "targets": {"lesion": ["absent", "present"]}},
             "training": {"local_epochs": 1, "batch_size": 1, "learning_rate": 0.1},
             "rounds": {"num_rounds": 1},
-            "cohort": {"kind": "brain-structures" if segmentation else "brain-lesions"}
-            if simulated
-            else None,
+            "cohort": {"kind": "brain-structures" if segmentation else "brain-lesions"} if simulated else None,
             "sites": [
                 {
                     "name": name,
@@ -108,9 +106,7 @@ def make_site(folder: Path, name: str, *, empty_first=False, no_structure=False,
     return Site(name, (folder / "manifest.csv",), torch.device("cpu"), StubFeatures())
 
 
-def draw(
-    tmp_path: Path, study: StudyConfig, sites: list[Site], model: StubModel, adapter: float
-) -> list[dict]:
+def draw(tmp_path: Path, study: StudyConfig, sites: list[Site], model: StubModel, adapter: float) -> list[dict]:
     draw_overlays(tmp_path / "figures", study, sites, model, torch.tensor([adapter]))
     return json.loads((tmp_path / "figures/captions.json").read_text())
 
@@ -145,16 +141,12 @@ def test_the_adapter_is_put_back_when_drawing_fails(tmp_path: Path) -> None:
     assert model.flat.tolist() == [5.0]
 
 
-def test_before_is_the_initial_adapter_and_after_the_final_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_before_is_the_initial_adapter_and_after_the_final_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     titles = []
     from matplotlib.axes import Axes
 
     plain = Axes.set_title
-    monkeypatch.setattr(
-        Axes, "set_title", lambda self, text, **kw: titles.append(text) or plain(self, text, **kw)
-    )
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **kw: titles.append(text) or plain(self, text, **kw))
     model = StubModel(3)
     draw(tmp_path, make_study("segmentation"), [make_site(tmp_path, "north")], model, 0)
     assert titles[:2] == ["image", "reference"]
@@ -181,9 +173,7 @@ def test_site_without_any_structure_has_no_picture(tmp_path: Path) -> None:
 
 
 def test_adapter_that_predicts_nothing_is_drawn_too(tmp_path: Path) -> None:
-    captions = draw(
-        tmp_path, make_study("segmentation"), [make_site(tmp_path, "north")], StubModel(0), 10 * SIZE
-    )
+    captions = draw(tmp_path, make_study("segmentation"), [make_site(tmp_path, "north")], StubModel(0), 10 * SIZE)
     assert len(captions) == 1
 
 

@@ -66,9 +66,7 @@ def ray_pids() -> set[int]:
 
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason='needs pip install "flwr[simulation]==1.41.0"'
-)
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs pip install "flwr[simulation]==1.41.0"')
 def test_ray_and_the_in_process_grid_agree_and_ray_leaves_nothing_behind() -> None:
     before = ray_pids()
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
@@ -96,9 +94,7 @@ def test_missing_ray_names_the_command_that_installs_it(monkeypatch: pytest.Monk
         run_on_ray(ServerApp(), ClientApp(), num_nodes=1, run_config={}, num_workers=1)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason='needs pip install "flwr[simulation]==1.41.0"'
-)
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs pip install "flwr[simulation]==1.41.0"')
 @pytest.mark.parametrize(("num_nodes", "num_workers"), [(0, 1), (1, 0)])
 def test_nothing_to_run_on_is_refused(num_nodes: int, num_workers: int) -> None:
     with pytest.raises(ValueError, match="num_nodes >= 1 and num_workers >= 1"):

@@ -42,9 +42,7 @@ def test_scan_leaves_anatomy_where_it_is(name: str) -> None:
     original = phantom() - phantom().mean()
     for seed in range(3):
         scanned = scan(name, seed)
-        correlation = torch.fft.ifft2(
-            torch.fft.fft2(scanned - scanned.mean()) * torch.fft.fft2(original).conj()
-        ).real
+        correlation = torch.fft.ifft2(torch.fft.fft2(scanned - scanned.mean()) * torch.fft.fft2(original).conj()).real
         row, column = divmod(int(correlation.argmax()), 128)
         assert min(row, 128 - row) <= 1
         assert min(column, 128 - column) <= 1

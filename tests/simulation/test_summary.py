@@ -3,7 +3,8 @@
 import pytest
 
 from medfed.study import StudyConfig
-from simulation.summary import COLUMNS, Summary, compare
+from server.results import COLUMNS, Results
+from simulation.summary import compare
 
 
 def make_study(*sites: str, num_rounds: int = 2) -> StudyConfig:
@@ -83,12 +84,10 @@ def test_unfinished_run_has_no_last_round() -> None:
 
 def test_summary_survives_its_json_with_the_documented_keys() -> None:
     sites, mean, worst = compare(make_study("a", "b"), ARMS, "dice")
-    summary = Summary(
+    summary = Results(
         run_dir="r", study="s", rounds=2, wall_s=1.5, primary="dice", sites=sites, mean=mean,
         worst_site=worst, privacy="none", cohort="synthetic",
     )  # fmt: skip
-    assert Summary.model_validate_json(summary.model_dump_json()) == summary
-    assert {"run_dir", "rounds", "wall_s", "sites", "mean", "worst_site", "privacy"} <= set(
-        summary.model_dump()
-    )
+    assert Results.model_validate_json(summary.model_dump_json()) == summary
+    assert {"run_dir", "rounds", "wall_s", "sites", "mean", "worst_site", "privacy"} <= set(summary.model_dump())
     assert tuple(summary.model_dump()["mean"]) == COLUMNS

@@ -58,9 +58,7 @@ def test_jacobian_determinant_agrees_with_the_derivative_of_a_known_map() -> Non
     shear[0] = 0.5 * torch.arange(31).float().view(31, 1, 1) * 6.0  # x moves by half of z: volume stays
     shear[1] = 0.2 * torch.arange(39).float().view(1, 39, 1) * 6.0  # y grows by a fifth
     warp = PatientWarp(np.diag([2.0, 1.0, 1.0, 1.0])[:3], shear)
-    torch.testing.assert_close(
-        warp.jacobian_determinant(), torch.full((8, 30, 38, 32), 2.4), rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close(warp.jacobian_determinant(), torch.full((8, 30, 38, 32), 2.4), rtol=1e-4, atol=0)
 
 
 def test_a_fold_is_seen_by_the_jacobian_determinant() -> None:

@@ -134,9 +134,7 @@ def test_lora_takes_effect_on_every_linear_that_the_forward_uses() -> None:
 
     model, image, boxes = tiny_model_and_inputs()
     names = [
-        name
-        for name in linear_names(model)
-        if "hypernetworks_mlps" not in name and "iou_prediction_head" not in name
+        name for name in linear_names(model) if "hypernetworks_mlps" not in name and "iou_prediction_head" not in name
     ]
     plain = model(image, boxes, OWNER_N)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names)).get_base_model()

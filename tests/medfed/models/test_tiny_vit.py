@@ -90,9 +90,7 @@ def test_window_attention_agrees_with_loops_over_windows_heads_and_offsets() -> 
     nn.init.normal_(attention.attention_biases)
     x = torch.randn(5, 16, 12)
     with torch.no_grad():
-        torch.testing.assert_close(
-            attention(x), attention_one_window_and_head_at_a_time(attention, x, side=4)
-        )
+        torch.testing.assert_close(attention(x), attention_one_window_and_head_at_a_time(attention, x, side=4))
 
 
 def test_attention_biases_changed_in_train_mode_take_effect_in_the_next_eval_forward() -> None:
@@ -116,9 +114,7 @@ def test_attention_biases_receive_a_gradient_when_they_are_trained() -> None:
 
 @settings(derandomize=True, max_examples=30, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 17), st.integers(1, 17), st.integers(1, 8))
-def test_joining_the_windows_of_a_split_grid_restores_it(
-    batch: int, rows: int, columns: int, side: int
-) -> None:
+def test_joining_the_windows_of_a_split_grid_restores_it(batch: int, rows: int, columns: int, side: int) -> None:
     x = torch.arange(batch * rows * columns * 2.0).view(batch, rows, columns, 2)
     windows = split_windows(x, side)
     assert windows.shape[1:] == (side * side, 2)

@@ -53,9 +53,7 @@ def test_stages_are_modules_in_the_order_of_the_data_flow(model: VitClassifier) 
         "backbone.layernorm",
         "head",
     )
-    covered = {
-        name for name, _ in model.named_parameters() if any(name.startswith(f"{s}.") for s in model.stages)
-    }
+    covered = {name for name, _ in model.named_parameters() if any(name.startswith(f"{s}.") for s in model.stages)}
     assert covered == {name for name, _ in model.named_parameters()}
 
 
@@ -64,14 +62,10 @@ def test_logits_are_those_of_transformers_own_classifier(model: VitClassifier, i
         oracle = Dinov2ForImageClassification(model.backbone.config).eval()
         oracle.dinov2 = model.backbone
         oracle.classifier = model.head.linear[target]
-        torch.testing.assert_close(
-            model(image_B3HW)[target], oracle(image_B3HW).logits, rtol=0, atol=0, msg=target
-        )
+        torch.testing.assert_close(model(image_B3HW)[target], oracle(image_B3HW).logits, rtol=0, atol=0, msg=target)
 
 
-def test_position_embedding_is_interpolated_alike_in_every_call(
-    model: VitClassifier, image_B3HW: Tensor
-) -> None:
+def test_position_embedding_is_interpolated_alike_in_every_call(model: VitClassifier, image_B3HW: Tensor) -> None:
     tokens = model.prefix(image_B3HW, NUM_TINY_STAGES - 2)
     assert tokens.shape == (2, 1 + 4, 32)  # 2 x 2 patches from 3 x 3 positions
     for _ in range(3):
@@ -90,9 +84,7 @@ def test_prefix_and_resume_are_the_forward_to_the_bit(
         assert torch.equal(logits[target], expected)
 
 
-def test_prefix_of_no_stage_is_the_image_and_of_all_the_embedding(
-    model: VitClassifier, image_B3HW: Tensor
-) -> None:
+def test_prefix_of_no_stage_is_the_image_and_of_all_the_embedding(model: VitClassifier, image_B3HW: Tensor) -> None:
     assert model.prefix(image_B3HW, 0) is image_B3HW
     embedding = model.prefix(image_B3HW, NUM_TINY_STAGES - 1)
     assert embedding.shape == (2, 2 * 32)
@@ -100,9 +92,7 @@ def test_prefix_of_no_stage_is_the_image_and_of_all_the_embedding(
 
 
 @pytest.mark.parametrize("num_stages", [-1, NUM_TINY_STAGES, 100])
-def test_a_cut_that_does_not_exist_is_refused(
-    num_stages: int, model: VitClassifier, image_B3HW: Tensor
-) -> None:
+def test_a_cut_that_does_not_exist_is_refused(num_stages: int, model: VitClassifier, image_B3HW: Tensor) -> None:
     with pytest.raises(ValueError, match=r"Expected 0 <= num_stages <= 6"):
         model.prefix(image_B3HW, num_stages)
     with pytest.raises(ValueError, match=r"Expected 0 <= num_stages <= 6"):
@@ -149,9 +139,7 @@ def test_unusable_targets_are_refused(targets: dict[str, int], message: str) -> 
 
 
 @pytest.mark.parametrize(("image_size", "nearest"), [(0, 14), (13, 14), (225, 224)])
-def test_an_image_size_that_cuts_a_patch_is_refused(
-    image_size: int, nearest: int, model: VitClassifier
-) -> None:
+def test_an_image_size_that_cuts_a_patch_is_refused(image_size: int, nearest: int, model: VitClassifier) -> None:
     with pytest.raises(ValueError, match=f"The nearest is {nearest}"):
         VitClassifier(model.backbone, TARGETS, generator=seeded(), image_size=image_size)
 
@@ -178,16 +166,12 @@ def test_peft_state_holds_lora_of_the_last_quarter_and_every_head(model: VitClas
     state = peft.get_peft_model_state_dict(with_lora(model))
     block = "base_model.model.backbone.encoder.layer.3.attention"
     lora = {f"{block}.{linear}.lora_{ab}.weight" for linear in ("q_proj", "v_proj") for ab in "AB"}
-    heads = {
-        f"base_model.model.head.linear.{target}.{kind}" for target in TARGETS for kind in ("weight", "bias")
-    }
+    heads = {f"base_model.model.head.linear.{target}.{kind}" for target in TARGETS for kind in ("weight", "bias")}
     assert set(state) == lora | heads
 
 
 @pytest.mark.parametrize("num_stages", range(NUM_TINY_STAGES))
-def test_prefix_and_resume_agree_with_lora_attached(
-    num_stages: int, model: VitClassifier, image_B3HW: Tensor
-) -> None:
+def test_prefix_and_resume_agree_with_lora_attached(num_stages: int, model: VitClassifier, image_B3HW: Tensor) -> None:
     adapted = with_lora(model).eval()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

@@ -23,9 +23,7 @@ from medfed.models.weights import (
 
 
 def own_file(path: Path) -> WeightsFile:
-    return WeightsFile(
-        resource=str(path), sha256="0" * 64, package=None, distribution=None, licence="Apache-2.0"
-    )
+    return WeightsFile(resource=str(path), sha256="0" * 64, package=None, distribution=None, licence="Apache-2.0")
 
 
 def digest_of(path: Path) -> str:
