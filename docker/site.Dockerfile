@@ -35,9 +35,11 @@ RUN groupadd --gid 10002 medfed \
     && install --directory --owner=10002 --group=10002 --mode=0700 /var/lib/medfed
 COPY --from=build /opt/medfed /opt/medfed
 # All state lies in the volume, so that the root may be read-only. Bytecode was written by pip above.
-# Models come with the image: nothing is looked up on a model hub.
+# USER: importing MONAI asks for a user name, which has to be there for a user id that the host chose, too.
+# HF_HUB_OFFLINE: models come with the image, nothing is looked up on a model hub.
 ENV PATH=/opt/medfed/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/var/lib/medfed \
+    USER=medfed \
     MEDFED_CACHE=/var/lib/medfed/cache \
     MEDFED_CONFIG=/var/lib/medfed/config \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -41,7 +41,7 @@ from simulation.lesions import insert_lesion, lesion_targets, sample_lesion
 from simulation.scanner import SCANNERS
 from simulation.warp import SlicePlane, WarpedSlice, align_slice, sample_patient_warp, warp_slice
 
-GENERATOR_VERSION = 1  # raise it when the same recipe would give other bytes: old cohorts are then rebuilt
+GENERATOR_VERSION = 2  # raise it when the same recipe would give other bytes: old cohorts are then rebuilt
 STATEMENT = "Anatomy from 1 real brain (MNI152 average), patients are synthetic warps."
 
 # Slices of a patient are this far apart; each is moved by up to a third of it, as no two placements agree.

