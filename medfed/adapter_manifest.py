@@ -90,7 +90,15 @@ class AdapterManifest(BaseModel):
 
     @cached_property
     def _ends(self) -> list[int]:
-        return list(accumulate(spec.num_elements for spec in self.tensors))
+        return list(accumulate(self._sizes))
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [spec.num_elements for spec in self.tensors]
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {spec.name: spec.shape for spec in self.tensors}
 
     def name_at(self, index: int) -> str:
         """Name of the tensor that holds element ``index`` of the flat vector."""
@@ -122,25 +130,23 @@ class AdapterManifest(BaseModel):
         Raises:
             AdapterMismatchError: as :meth:`check`.
         """
-        specs = {spec.name: spec for spec in self.tensors}
-        if unknown := sorted(set(tensors) - set(specs)):
+        if unknown := sorted(tensors.keys() - self._shapes.keys()):
             raise AdapterMismatchError(
                 f"Expected only tensors of the adapter manifest, got {unknown[0]!r}"
                 f"{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}; only named tensors may travel."
             )
-        if missing := [name for name in specs if name not in tensors]:
-            raise AdapterMismatchError(
-                f"Expected tensor {missing[0]!r} of the adapter manifest, got nothing; send all {len(specs)}."
-            )
-        for name, spec in specs.items():
-            tensor = tensors[name]
-            if tuple(tensor.shape) != spec.shape:
+        for name, shape in self._shapes.items():
+            if name not in tensors:
                 raise AdapterMismatchError(
-                    f"Expected {name!r} with shape {list(spec.shape)}, got {list(tensor.shape)}."
+                    f"Expected tensor {name!r} of the adapter manifest, got nothing; send all {len(self.tensors)}."
                 )
-            if tensor.dtype != torch.float32:
-                raise AdapterMismatchError(f"Expected {name!r} as float32, got {tensor.dtype}.")
-        vector_P = torch.cat([tensors[name].detach().reshape(-1).cpu() for name in specs])
+            if tensors[name].shape != shape:
+                raise AdapterMismatchError(
+                    f"Expected {name!r} with shape {list(shape)}, got {list(tensors[name].shape)}."
+                )
+            if tensors[name].dtype != torch.float32:
+                raise AdapterMismatchError(f"Expected {name!r} as float32, got {tensors[name].dtype}.")
+        vector_P = torch.cat([tensors[name].detach().reshape(-1).cpu() for name in self._shapes])
         self.check_vector(vector_P)
         return vector_P
 
@@ -151,8 +157,8 @@ class AdapterManifest(BaseModel):
             AdapterMismatchError: on a wrong length or dtype.
         """
         self._check_form(vector_P)
-        pieces = torch.split(vector_P, [spec.num_elements for spec in self.tensors])
-        return {spec.name: piece.view(spec.shape) for spec, piece in zip(self.tensors, pieces, strict=True)}
+        pieces = vector_P.split_with_sizes(self._sizes)
+        return {name: piece.view(shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
 
     def check_vector(self, vector_P: Tensor) -> None:
         """Refuse a flat vector that is not a finite float32 one of length P.

@@ -45,9 +45,9 @@ def encode_adapter(vector_P: Tensor, manifest: AdapterManifest) -> bytes:
             that the manifest does not name can be encoded.
     """
     manifest.check_vector(vector_P)
-    data = np.ascontiguousarray(vector_P.detach().cpu().numpy(), dtype="<f4").tobytes()
+    data = np.ascontiguousarray(vector_P.detach().cpu().numpy(), dtype="<f4").data.cast("B")
     header = _HEADER.pack(_MAGIC, _VERSION, 0, manifest.fingerprint, manifest.num_elements, zlib.crc32(data), _NOTHING)
-    return header + data
+    return b"".join((header, data))
 
 
 def decode_adapter(payload: bytes, manifest: AdapterManifest) -> Tensor:

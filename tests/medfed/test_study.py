@@ -76,6 +76,8 @@ def test_file_and_object_are_the_same_study(tmp_path: Path) -> None:
         ("seed = 7", "seed = 7\nepsilon = 3", "unknown key 'epsilon'"),
         ("rank = 4", "rank = 0", "adapter.rank"),
         ('targets = "decoder-qv"', 'targets = "regex:("', "not a regular expression"),
+        ("rank = 4", 'method = "heads"\nrank = 4', "unknown key 'adapter.rank'"),
+        ("rank = 4", 'method = "prefix"\nrank = 4', "adapter"),
         ("0000000000", "xyz", "backbone.sha256"),
         ("num_rounds = 2", "num_rounds = 2\nquorum = 3", "quorum is 3 but there are 2 sites"),
         ('name = "south"', 'name = "north"', "site 'north' appears twice"),

@@ -1,5 +1,6 @@
 """The round loop against sites that misbehave: scripted client apps on the in-process Grid."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def test_rounds_add_the_weighted_mean_of_the_sites(tmp_path: Path) -> None:
     final = run(tmp_path)
     assert final.round == 3
     assert final.adapter_P.tolist() == pytest.approx([3 * MEAN] * 3)
-    events = [(line["event"], line["round"], line["site"]) for line in final.metrics]
+    events = [(line["event"], line["round"], line["site"]) for line in map(json.loads, final.metrics)]
     assert events[:3] == [("evaluate", 0, site) for site in SITES]
     assert events[3:6] == [("train", 1, site) for site in SITES]
     assert events[-3:] == [("evaluate", 3, site) for site in SITES]
