@@ -86,6 +86,7 @@ def _run_apps(study: StudyConfig, num_sites: int, num_workers: int, run_folder: 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     config = {"study": study.canonical.decode(), "run-dir": str(run_folder), "evaluate-sites": ""}
     with InProcessGrid(client_app, node_configs=[{}] * num_sites, run_config=config, workers=num_workers) as grid:
+        grid.start()
         clock = RoundClock(grid.worker_pids)
         with RoundListener(clock):
             grid.run_server_app(server_app)

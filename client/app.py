@@ -33,7 +33,7 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate on held-out patients."""
-    return _answer(message, context, serve.test)
+    return _answer(message, context, serve.evaluate)
 
 
 def _answer(message: Message, context: Context, action: Callable[[RoundInstruction, Fields, Site], Fields]) -> Message:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from client.site import Site
-from client.trainer import evaluate, train_locally
+from client.trainer import evaluate_locally, train_locally
 from medfed.canonical import derive_seed
 from medfed.errors import AdapterMismatchError, StudyError
 from medfed.messages import Fields, RoundInstruction, RoundReply, bytes_field
@@ -58,19 +58,18 @@ def train(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
         features=site.features,
         generator=torch.Generator().manual_seed(seed),
     )
-    upload = phase.upload(manifest.unflatten(start_P), manifest.unflatten(result.adapter_P))
-    upload_manifest = phase.upload_manifest(manifest)
-    payload = encode_adapter(upload_manifest.flatten(upload), upload_manifest)
+    upload_P = phase.upload_vector(manifest, start_P, result.adapter_P)
+    payload = encode_adapter(upload_P, phase.upload_manifest(manifest))
     _log.info("event=trained round=%d payload_bytes=%d", instruction.round, len(payload))
     reply = _reply(instruction, site, num_examples=len(cohort.train), metrics={"loss": result.loss})
     return reply.to_fields(adapter=payload)
 
 
-def test(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
+def evaluate(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
     """Evaluate an adapter on the site's held-out patients; reply with metrics."""
     study, model = _study_and_model(instruction, fields, site)
     cohort = site.cohort(study, model.pixels)
-    metrics = evaluate(
+    metrics = evaluate_locally(
         model,
         task_of(study.task),
         cohort.test,

@@ -78,7 +78,7 @@ def train_locally(
     return TrainResult(adapter_P=adapter_P, loss=loss_sum / len(items))
 
 
-def evaluate(
+def evaluate_locally(
     model: AdaptedModel,
     task: Task,
     items: Sequence[Item],

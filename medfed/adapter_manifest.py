@@ -74,8 +74,12 @@ class AdapterManifest(BaseModel):
         specs = tuple(TensorSpec(name=name, shape=tuple(tensors[name].shape)) for name in sorted(tensors))
         return cls(method=method, rank=rank, tensors=specs)
 
+    def __eq__(self, other: object) -> bool:
+        """Equal fingerprints: fast, for tables keyed by manifest."""
+        return isinstance(other, AdapterManifest) and self.fingerprint == other.fingerprint
+
     def __hash__(self) -> int:
-        """Fast, for tables keyed by manifest."""
+        """As :meth:`__eq__`."""
         return hash(self.fingerprint)
 
     @cached_property
@@ -156,7 +160,7 @@ class AdapterManifest(BaseModel):
         Raises:
             AdapterMismatchError: on a wrong length or dtype.
         """
-        self._check_form(vector_P)
+        self.check_form(vector_P)
         pieces = vector_P.split_with_sizes(self._sizes)
         return {name: piece.view(shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
 
@@ -166,9 +170,9 @@ class AdapterManifest(BaseModel):
         Raises:
             AdapterMismatchError: names the tensor that holds the first non-finite value.
         """
-        self._check_form(vector_P)
+        self.check_form(vector_P)
         # A finite sum proves finite elements in one pass; only a suspicious sum pays for the search.
-        if not math.isfinite(float(vector_P.sum(dtype=torch.float64))):
+        if not math.isfinite(float(vector_P.sum())):
             finite = torch.isfinite(vector_P)
             if not bool(finite.all()):
                 name = self.name_at(int(torch.nonzero(~finite)[0]))
@@ -176,7 +180,12 @@ class AdapterManifest(BaseModel):
                     f"Expected finite values in {name!r}, got NaN or infinity; lower the learning rate."
                 )
 
-    def _check_form(self, vector_P: Tensor) -> None:
+    def check_form(self, vector_P: Tensor) -> None:
+        """Refuse a flat vector that is not a float32 one of length P, without a look at its values.
+
+        Raises:
+            AdapterMismatchError: on a wrong length or dtype.
+        """
         if vector_P.dtype != torch.float32 or vector_P.dim() != 1 or vector_P.numel() != self.num_elements:
             raise AdapterMismatchError(
                 f"Expected a float32 vector of {self.num_elements} elements, "

@@ -70,10 +70,11 @@ def exchange(
         adapter: payload of the global adapter, may be empty.
         deadline_s: seconds to wait.
     """
-    fields = instruction.to_fields(study=study, adapter=adapter)
+    # One content for all: a grid copies or serialises each message before anybody else can change it.
+    content = RecordDict({RECORD_KEY: ConfigRecord(dict(instruction.to_fields(study=study, adapter=adapter)))})
     messages = [
         Message(
-            RecordDict({RECORD_KEY: ConfigRecord(dict(fields))}),
+            content,
             dst_node_id=node_id,
             message_type=_MESSAGE_TYPES[action],
             group_id=str(instruction.round),

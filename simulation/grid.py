@@ -17,6 +17,7 @@ that only its sender holds: a reply nobody waits for any more is dropped with it
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -134,6 +135,7 @@ class InProcessGrid(Grid):
         self._pushed: dict[str, _Errand] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._frozen = False
         self.set_run(empty_run(_RUN_ID))
 
     # -- Flower's Grid contract --------------------------------------------------------------------------
@@ -252,15 +254,21 @@ class InProcessGrid(Grid):
         return [pid for worker in self._workers if (pid := worker.pid) is not None]
 
     def start(self) -> None:
-        """Fork the workers now, from the calling thread; does nothing the second time or with ``workers=0``.
+        """Fork the workers now, from the calling thread; does nothing the second time.
 
-        Call it after loading what the client app needs and before starting other threads.
+        Call it after loading what the client app needs and before starting other threads. What exists by now
+        is left out of garbage collections until :meth:`close`: visiting it again and again takes longer than
+        many a message.
 
         Raises:
             MedfedError: the grid is closed, this platform cannot fork, or CUDA is in use.
         """
         with self._lock:
             self._refuse_if_closed()
+            if not self._frozen:
+                gc.collect()
+                gc.freeze()
+                self._frozen = True
             if self._carriers or not self._num_workers:
                 return
             refuse_unsafe_fork()
@@ -290,6 +298,8 @@ class InProcessGrid(Grid):
             if self._closed:
                 return
             self._closed = True
+            if self._frozen:
+                gc.unfreeze()
             self._pushed.clear()
             for node in self._nodes.values():
                 while node.mail:

@@ -100,11 +100,11 @@ def _run_in_process(
     with InProcessGrid(
         client_app, node_configs=[{}] * num_nodes, run_config={}, workers=num_workers, on_reply=count
     ) as grid:
+        grid.start()
         if num_workers == 0:
             for arm in arms:
                 run(arm)
             return
-        grid.start()
         with ThreadPoolExecutor(max_workers=max(1, len(arms))) as threads:
             running = [threads.submit(run, arm) for arm in arms]
             try:

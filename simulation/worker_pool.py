@@ -8,7 +8,6 @@ neither be counted nor killed by a public name. It also takes twice as long (0.3
 
 from __future__ import annotations
 
-import gc
 import logging
 import multiprocessing
 import signal
@@ -86,12 +85,9 @@ class ForkedWorker(Generic[Request, Reply]):
                 daemon=True,
                 name="medfed-worker",
             )
-            # The collector writes to every object it visits, which would copy the shared pages.
-            gc.freeze()
             try:
                 process.start()
             finally:
-                gc.unfreeze()
                 theirs.close()
         self._process, self._connection = process, ours
 

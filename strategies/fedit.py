@@ -18,7 +18,7 @@ class FedIT(Strategy):
     """Adds the weighted mean of the sites' adapter deltas to the global adapter."""
 
     name = "fedit"
-    _phase = Phase(trainable=everything, stats=(Stat("adapter", adapter_delta),))
+    _phase = Phase(trainable=everything, stats=(Stat("adapter", adapter_delta, elementwise=True),))
 
     def plan(self, round_number: int) -> Phase:
         """Everything trains, every round."""

@@ -30,11 +30,14 @@ class Stat:
         name: unique in its phase.
         fn: (global, local) -> tensors by name; shapes must not depend on values.
         reduce: ``mean`` divides the weighted sum by the weights of the sites that took part.
+        elementwise: promises that ``fn`` treats every element alike, whatever tensor it is in: then it may be
+            given the whole adapter as one tensor.
     """
 
     name: str
     fn: Callable[[Tree, Tree], Tree]
     reduce: Literal["mean", "sum"] = "mean"
+    elementwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,19 @@ class Phase:
             for stat in self.stats
             for name, value in stat.fn(before, after).items()
         }
+
+    def upload_vector(self, adapter: AdapterManifest, before_P: Tensor, after_P: Tensor) -> Tensor:
+        """What :meth:`upload` gives, as the flat vector of :meth:`upload_manifest`.
+
+        Raises:
+            AdapterMismatchError: if a vector does not fit ``adapter``, or a statistic is not finite.
+        """
+        manifest = self.upload_manifest(adapter)
+        if len(self.stats) == 1 and self.stats[0].elementwise:
+            (upload_P,) = self.stats[0].fn({"adapter": before_P}, {"adapter": after_P}).values()
+            manifest.check_vector(upload_P)
+            return upload_P
+        return manifest.flatten(self.upload(adapter.unflatten(before_P), adapter.unflatten(after_P)))
 
     def upload_manifest(self, adapter: AdapterManifest) -> AdapterManifest:
         """What may travel in this phase, given the adapter's manifest; both ends derive it."""

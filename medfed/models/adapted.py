@@ -71,9 +71,10 @@ class AdaptedModel:
         """Put an adapter in place.
 
         Raises:
-            AdapterMismatchError: if the vector does not fit the manifest; the model is then unchanged.
+            AdapterMismatchError: if length or dtype do not fit the manifest; the model is then unchanged. Values
+                are looked at where they enter a process and where training ends.
         """
-        self.manifest.check_vector(vector_P)
+        self.manifest.check_form(vector_P)
         with torch.no_grad():
             self.flat.copy_(vector_P)
 

@@ -8,7 +8,7 @@ import torch
 
 from client.data import Cohort, load_cohort
 from client.features import FeatureCache
-from client.trainer import TrainResult, evaluate, train_locally
+from client.trainer import TrainResult, evaluate_locally, train_locally
 from medfed.errors import AdapterMismatchError
 from medfed.models.adapted import AdaptedModel, adapted_model
 from medfed.study import StudyConfig
@@ -146,7 +146,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(study: StudyConfig, model:
     trained = run(study, model, cohort).adapter_P
     task = task_of(study.task)
     results = [
-        evaluate(model, task, cohort.items, adapter_P=trained, features=FeatureCache(), batch_size=size)
+        evaluate_locally(model, task, cohort.items, adapter_P=trained, features=FeatureCache(), batch_size=size)
         for size in (1, 2, 5)
     ]
     assert set(results[0]) == {"dice", "dice/near", "dice/far"}
@@ -162,7 +162,7 @@ def test_metrics_of_a_class_that_never_occurs_are_left_out(
     from medfed.tasks.segmentation import annotate
 
     empty = dataclass_replace(cohort.test[0], annotation=annotate(np.zeros((64, 64)), 2))
-    metrics = evaluate(
+    metrics = evaluate_locally(
         model, task_of(study.task), [empty], adapter_P=model.initial_P, features=FeatureCache(), batch_size=1
     )
     assert metrics == {}
