@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from client import serve
 from client.site import Site, site_of_partition
-from medfed.errors import MedfedError, MessageError
+from medfed.errors import MessageError
 from medfed.messages import RECORD_KEY, Fields, Refusal, RoundInstruction, RoundReply
 
 _log = logging.getLogger("medfed.client.app")
@@ -37,14 +37,22 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context, action: Callable[[RoundInstruction, Fields, Site], Fields]) -> Message:
-    """Run an action; an error of ours travels as its kind and public sentence, never as its text."""
-    fields = _fields_of(message)
-    instruction = RoundInstruction.parse(fields)
-    site = site_of_partition(int(context.node_config["partition-id"]))
+    """Run an action; an error travels as its kind and a public sentence, never as its text.
+
+    A message that cannot be read, or a process that is no site, has nobody to answer for it: Flower is told
+    the kind of error and nothing else.
+    """
+    try:
+        fields = _fields_of(message)
+        instruction = RoundInstruction.parse(fields)
+        site = site_of_partition(int(context.node_config["partition-id"]))
+    except Exception as error:
+        raise RuntimeError(type(error).__name__) from None
     try:
         reply = action(instruction, fields, site)
-    except MedfedError as error:
+    except Exception as error:  # whatever it is, its text may name files, and must not travel
         _log.error("event=refused round=%d kind=%s", instruction.round, type(error).__name__)
+        _log.debug("event=traceback round=%d", instruction.round, exc_info=True)
         reply = RoundReply(
             site=site.name,
             study_digest=instruction.study_digest,
@@ -59,4 +67,7 @@ def _fields_of(message: Message) -> Fields:
     if set(message.content) != {RECORD_KEY}:
         raise MessageError(f"Expected one record {RECORD_KEY!r} in a message, got {sorted(message.content)}.")
     record = message.content[RECORD_KEY]
-    return {str(k): v for k, v in record.items() if isinstance(v, (str, bytes))}
+    fields: Fields = {str(k): v for k, v in record.items() if isinstance(v, (str, bytes))}
+    if set(fields) != {"header", "study", "adapter"} or len(record) != len(fields):
+        raise MessageError("Expected a header, a study and an adapter in an instruction, got other fields.")
+    return fields

@@ -21,7 +21,6 @@ Legend: C channels, H height, W width.
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medfed.canonical import canonical_bytes, sha256_hex
 from medfed.errors import DataError
 from medfed.models.pixels import PixelSpec
 from medfed.study import ClassificationConfig, SegmentationConfig
@@ -50,6 +50,7 @@ class Item:
         image_CHW: preprocessed float32 image; one channel stands for three equal ones.
         annotation: what the task's ``collate`` takes.
         image_digest: SHA-256 of the image file.
+        reference_digest: SHA-256 of the label file, or of the class indices.
     """
 
     patient_id: str
@@ -57,6 +58,7 @@ class Item:
     image_CHW: Tensor
     annotation: Any
     image_digest: str
+    reference_digest: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,19 @@ class Cohort:
     def items(self) -> tuple[Item, ...]:
         """All images: training, then held-out."""
         return self.train + self.test
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over patients, splits, images and references; changes whenever the data does."""
+        return sha256_hex(
+            canonical_bytes(
+                [
+                    [split, item.patient_id, item.image_digest, item.reference_digest]
+                    for split, items in (("train", self.train), ("test", self.test))
+                    for item in items
+                ]
+            )
+        )
 
 
 def load_cohort(
@@ -207,23 +222,28 @@ def _refuse_patients_in_two_splits(rows: Sequence[_Row]) -> None:
 
 
 def _read_item(row: _Row, site_id: str, task: SegmentationConfig | ClassificationConfig, pixels: PixelSpec) -> Item:
-    image_CHW = preprocess(_read_array(row.image, row.where), pixels, where=f"{row.where}: {row.image}")
+    array = _read_array(row.image, row.where)
+    image_CHW = preprocess(array, pixels, where=f"{row.where}: {row.image}")
+    reference = canonical_bytes(row.targets)
     annotation: Any = row.targets
     if isinstance(task, SegmentationConfig):
         assert row.label is not None
-        label_HW = _read_label(row.label, row.where, len(task.classes), pixels)
-        if label_HW.shape != image_CHW.shape[1:]:
+        if _is_nifti(row.image) != _is_nifti(row.label):
             raise DataError(
-                f"{row.where}: expected a label map of the image's size {list(image_CHW.shape[1:])}, "
-                f"got {list(label_HW.shape)}; resample the label map onto the image."
+                f"{row.where}: expected image and label both as NIfTI or neither, got {row.image.name} and "
+                f"{row.label.name}; their axes differ, convert one of them."
             )
-        annotation = annotate(label_HW, len(task.classes))
+        label_HW = _read_array(row.label, row.where)
+        _check_label(label_HW, array, row.label, row.where, len(task.classes))
+        annotation = annotate(_resized_label(label_HW, pixels), len(task.classes))
+        reference = row.label.read_bytes()
     return Item(
         patient_id=row.patient_id,
         site_id=site_id,
         image_CHW=image_CHW,
         annotation=annotation,
-        image_digest=hashlib.sha256(row.image.read_bytes()).hexdigest(),
+        image_digest=sha256_hex(row.image.read_bytes()),
+        reference_digest=sha256_hex(reference),
     )
 
 
@@ -244,7 +264,7 @@ def _reader(file_name: str) -> Any:
     """MONAI's reader for a file name; DICOM for names it does not know."""
     from monai.data.image_reader import NibabelReader, PILReader, PydicomReader
 
-    if file_name.endswith((".nii", ".nii.gz")):
+    if _is_nifti(Path(file_name)):
         return NibabelReader()
     if file_name.lower().endswith((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")):
         return PILReader(reverse_indexing=False)
@@ -286,8 +306,8 @@ def _intensity_transform(pixels: PixelSpec) -> Any:
     return Compose(steps)
 
 
-def _read_label(path: Path, where: str, num_classes: int, pixels: PixelSpec) -> np.ndarray:
-    label_HW = _read_array(path, where)
+def _check_label(label_HW: np.ndarray, image: np.ndarray, path: Path, where: str, num_classes: int) -> None:
+    """Refuse a label map with other values or another size than the image's."""
     values = np.unique(label_HW)
     if not np.isin(values, np.arange(num_classes + 1)).all():
         outside = next(value for value in values if value not in range(num_classes + 1))
@@ -297,9 +317,21 @@ def _read_label(path: Path, where: str, num_classes: int, pixels: PixelSpec) -> 
         )
     if label_HW.ndim != 2:
         raise DataError(f"{where}: expected a 2-D label map at {path}, got shape {list(label_HW.shape)}.")
+    if label_HW.shape not in (image.shape[:2], image.shape[-2:]):
+        raise DataError(
+            f"{where}: expected a label map of the image's size {list(image.shape)}, got {list(label_HW.shape)}; "
+            "resample the label map onto the image."
+        )
+
+
+def _resized_label(label_HW: np.ndarray, pixels: PixelSpec) -> np.ndarray:
     if pixels.image_size is not None and label_HW.shape != (pixels.image_size, pixels.image_size):
         from monai.transforms import Resize
 
         resized = Resize((pixels.image_size, pixels.image_size), mode="nearest-exact")(label_HW[None])
         label_HW = np.asarray(resized)[0]
     return label_HW.astype(np.int16)
+
+
+def _is_nifti(path: Path) -> bool:
+    return path.name.endswith((".nii", ".nii.gz"))

@@ -7,6 +7,8 @@ and how far the prefix reaches, the preprocessing, and the image's bytes; change
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import secrets
 from collections import OrderedDict
@@ -23,6 +25,11 @@ from client.data import Item
 from medfed.canonical import canonical_bytes, sha256_hex
 from medfed.errors import SiteError
 from medfed.models.adapted import AdaptedModel
+
+_log = logging.getLogger("medfed.client.features")
+
+FEATURES_VERSION = 1
+"""Raised when a backbone's code computes other features from the same weights."""
 
 _NONCE_BYTES = 12
 
@@ -72,7 +79,14 @@ class FeatureCache:
         """Features of one image, on the CPU."""
         if model.num_frozen_stages == 0:
             return as_three_channels(item.image_CHW)
-        parts = [model.prefix_digest, model.pixels.digest, item.image_digest, str(model.device)]
+        parts = [
+            FEATURES_VERSION,
+            torch.__version__,
+            model.prefix_digest,
+            model.pixels.digest,
+            item.image_digest,
+            str(model.device),
+        ]
         key = sha256_hex(canonical_bytes(parts))
         features = self._recall(key)
         if features is None:
@@ -108,10 +122,14 @@ class FeatureCache:
             return
         nonce = secrets.token_bytes(_NONCE_BYTES)
         sealed = nonce + self._cipher.encrypt(nonce, save({"features": features.contiguous()}), key.encode())
-        self._make_room(len(sealed))
         partial = self._directory / f".{key}.{os.getpid()}.{secrets.token_hex(4)}"
-        partial.write_bytes(sealed)
-        partial.replace(self._directory / key)
+        try:
+            self._make_room(len(sealed))
+            partial.write_bytes(sealed)
+            partial.replace(self._directory / key)
+        except OSError as error:  # a full disk, another process that tidies up: the cache is a convenience
+            partial.unlink(missing_ok=True)
+            _log.warning("event=feature_not_stored kind=%s", type(error).__name__)
 
     def _make_room(self, num_bytes: int) -> None:
         assert self._directory is not None
@@ -138,14 +156,16 @@ def cache_key(path: Path) -> bytes:
         SiteError: if others may read the file, or it holds no key.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+    if not path.exists():
+        # Written beside its place and linked there: another process finds it whole or not at all.
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(secrets.token_bytes(32))
             file.flush()
             os.fsync(file.fileno())
-    except FileExistsError:
-        pass
+        with contextlib.suppress(FileExistsError):
+            os.link(partial, path)
+        partial.unlink()
     if path.stat().st_mode & 0o077:
         raise SiteError(f"Expected {path} to be readable by its owner only; run: chmod 600 {path}")
     key = path.read_bytes()

@@ -103,7 +103,12 @@ def site_of_partition(partition_id: int) -> Site:
     return sites[partition_id]
 
 
-@lru_cache(maxsize=4)
+def forget_sites() -> None:
+    """Close what :func:`site_of_partition` opened: files may have changed, and caches take memory."""
+    _open_sites.cache_clear()
+
+
+@lru_cache(maxsize=1)
 def _open_sites(path: str) -> tuple[Site, ...]:
     try:
         virtual = VirtualSites.model_validate_json(Path(path).read_bytes())

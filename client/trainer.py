@@ -12,7 +12,7 @@ from torch import Tensor
 from client.data import Item
 from client.features import FeatureCache, as_three_channels
 from medfed.device import mixed_precision
-from medfed.errors import AdapterMismatchError
+from medfed.errors import AdapterMismatchError, DivergedError
 from medfed.models.adapted import AdaptedModel
 from medfed.study import TrainingConfig
 from medfed.tasks import Task
@@ -48,7 +48,8 @@ def train_locally(
     optimiser starts afresh. Tensors that ``trainable`` rejects stay as in ``start_P``, bit for bit.
 
     Raises:
-        AdapterMismatchError: if ``start_P`` does not fit, or training diverged to NaN or infinity.
+        AdapterMismatchError: if ``start_P`` does not fit.
+        DivergedError: if training ended with NaN or infinity.
     """
     model.load(start_P)
     model.train()
@@ -65,7 +66,8 @@ def train_locally(
             inputs = _inputs(batch, model, config, features, generator)
             with mixed_precision(model.device):
                 losses_B = task.losses(model, inputs, task.collate([i.annotation for i in batch], model.device))
-            losses_B.mean().backward()  # type: ignore[no-untyped-call]
+            if losses_B.requires_grad:  # not where no image of the batch holds anything to outline
+                losses_B.mean().backward()  # type: ignore[no-untyped-call]
             if held_P is not None:
                 gradient_P[held_P] = 0.0
             step()
@@ -74,7 +76,10 @@ def train_locally(
                     model.flat[held_P] = start_P.to(model.device)[held_P]
             loss_sum += float(losses_B.detach().sum())
     adapter_P = model.read()
-    model.manifest.check_vector(adapter_P)
+    try:
+        model.manifest.check_vector(adapter_P)
+    except AdapterMismatchError as error:
+        raise DivergedError(str(error)) from None
     return TrainResult(adapter_P=adapter_P, loss=loss_sum / len(items))
 
 

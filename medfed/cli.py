@@ -71,5 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"medfed: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:  # a full disk, a folder that cannot be written: the machine's business, not a bug
-        print(f"medfed: {error}; mend it and resume the run, its checkpoints are whole.", file=sys.stderr)
+        if "--json" in arguments:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        print(f"medfed: {error}; mend it and try again; a run that had begun can be resumed.", file=sys.stderr)
         sys.exit(os.EX_IOERR)

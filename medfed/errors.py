@@ -9,6 +9,7 @@
     +-- MissingExtraError           exit 5   an optional extra is not installed
     +-- AdapterMismatchError        exit 6   a tensor that the manifest does not name, or names otherwise
     |   +-- PayloadError            exit 6   bytes that are not an adapter payload
+    |   +-- DivergedError           exit 6   training that ended with NaN or infinity
     +-- MessageError                exit 7   a round message that cannot be read
     +-- RoundError                  exit 8   a round that cannot be completed (quorum, deadline)
     +-- CheckpointError             exit 9   a run folder that cannot be continued
@@ -34,7 +35,7 @@ class MedfedError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
-    public: ClassVar[str] = "the site met an error; its own log says more"
+    public: ClassVar[str] = "the site met an error"
 
 
 class StudyError(MedfedError):
@@ -48,7 +49,7 @@ class DataError(MedfedError):
     """A cohort is empty, has an image without patient, a label outside the classes, a NaN voxel, and so on."""
 
     exit_code = 3
-    public = "the site's cohort failed validation; its own log says where"
+    public = "the site's cohort failed validation"
 
 
 class WeightsError(MedfedError):
@@ -76,6 +77,12 @@ class PayloadError(AdapterMismatchError):
     """Bytes that are not an adapter payload of a known version, or that were damaged on the way."""
 
     public = "an adapter payload could not be decoded"
+
+
+class DivergedError(AdapterMismatchError):
+    """Local training ended with NaN or infinity."""
+
+    public = "training diverged to NaN or infinity; lower the learning rate"
 
 
 class MessageError(MedfedError):

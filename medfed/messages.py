@@ -70,13 +70,14 @@ class Refusal(_Header):
         reason: its public sentence, which names no file and no patient.
     """
 
-    kind: str
-    reason: str
+    kind: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,64}$")]
+    reason: Annotated[str, Field(max_length=200)]
 
     @classmethod
-    def of(cls, error: MedfedError) -> Refusal:
-        """The refusal that may travel for ``error``."""
-        return cls(kind=type(error).__name__, reason=error.public)
+    def of(cls, error: Exception) -> Refusal:
+        """The refusal that may travel for ``error``: nothing of its text."""
+        public = error.public if isinstance(error, MedfedError) else MedfedError.public
+        return cls(kind=type(error).__name__, reason=public)
 
 
 class RoundReply(_Header):
@@ -88,7 +89,8 @@ class RoundReply(_Header):
         round: as asked.
         attempt: as asked.
         num_examples: images used for training or evaluation.
-        metrics: finite numbers only; what cannot be computed is left out.
+        metrics: finite numbers only, under the names of the study's task (the server refuses others); what
+            cannot be computed is left out.
         refusal: set when nothing was done; then there is no payload.
     """
 
@@ -96,8 +98,8 @@ class RoundReply(_Header):
     study_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     round: Annotated[int, Field(ge=0)]
     attempt: Annotated[int, Field(ge=1)]
-    num_examples: Annotated[int, Field(ge=0)] = 0
-    metrics: dict[str, float] = {}
+    num_examples: Annotated[int, Field(ge=0, le=10**9)] = 0
+    metrics: Annotated[dict[str, float], Field(max_length=1000)] = {}
     refusal: Refusal | None = None
 
     def to_fields(self, *, adapter: bytes = b"") -> Fields:

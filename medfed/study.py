@@ -30,7 +30,7 @@ POOLED_SITE = "pooled"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BackboneConfig(_Section):
@@ -170,7 +170,8 @@ class RoundsConfig(_Section):
     Attributes:
         num_rounds: rounds in the study.
         quorum: replies without which a round is not aggregated; None means every site.
-        deadline_s: seconds after which replies no longer count.
+        deadline_s: seconds after which replies no longer count. In a simulation all sites share it, as they
+            share the machine: allow for all of them.
         evaluate_every: rounds between evaluations on held-out patients; None means after the last only. The
             state before the first round is always evaluated.
     """

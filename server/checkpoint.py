@@ -74,6 +74,12 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         metadata={"medfed": _encode(facts), "metrics": lines},
     )
     write_durably(folder / CHECKPOINT, data)
+    write_metrics(folder, checkpoint)
+
+
+def write_metrics(folder: Path, checkpoint: Checkpoint) -> None:
+    """Replace the folder's ``metrics.jsonl`` by the checkpoint's, atomically."""
+    lines = "".join(line + "\n" for line in checkpoint.metrics)
     _replace(folder / "metrics.jsonl", lines.encode(), durably=False)
 
 

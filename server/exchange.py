@@ -58,6 +58,7 @@ def exchange(
     study: bytes,
     adapter: bytes,
     deadline_s: float,
+    metric_names: frozenset[str],
 ) -> Exchange:
     """Ask every node to act, and take what comes back before the deadline.
 
@@ -69,6 +70,7 @@ def exchange(
         study: canonical study bytes.
         adapter: payload of the global adapter, may be empty.
         deadline_s: seconds to wait.
+        metric_names: the only names under which a site may report a number.
     """
     # One content for all: a grid copies or serialises each message before anybody else can change it.
     content = RecordDict({RECORD_KEY: ConfigRecord(dict(instruction.to_fields(study=study, adapter=adapter)))})
@@ -89,7 +91,7 @@ def exchange(
         node_id = message.metadata.src_node_id
         where = nodes.get(node_id) or f"node {node_id}"
         try:
-            answer = _read(message, instruction, expected_site=nodes.get(node_id))
+            answer = _read(message, instruction, nodes.get(node_id), metric_names)
         except MedfedError as error:
             failures[where] = str(error)
             _log.warning("event=bad_reply round=%d where=%s kind=%s", instruction.round, where, type(error).__name__)
@@ -108,7 +110,9 @@ def exchange(
     return Exchange(replies, node_of, failures)
 
 
-def _read(message: Message, instruction: RoundInstruction, *, expected_site: str | None) -> SiteReply:
+def _read(
+    message: Message, instruction: RoundInstruction, expected_site: str | None, metric_names: frozenset[str]
+) -> SiteReply:
     """The reply in a message.
 
     Raises:
@@ -120,10 +124,14 @@ def _read(message: Message, instruction: RoundInstruction, *, expected_site: str
     if not isinstance(record, ConfigRecord) or set(message.content) != {RECORD_KEY}:
         raise MessageError("Expected one record of ours in a reply, got something else.")
     fields: Fields = {str(k): v for k, v in record.items() if isinstance(v, (str, bytes))}
+    if set(fields) != {"header", "adapter"} or len(record) != len(fields):
+        raise MessageError("Expected a header and an adapter in a reply, got other fields.")
     reply = RoundReply.parse(fields)
     asked = (instruction.study_digest, instruction.round, instruction.attempt)
     if (reply.study_digest, reply.round, reply.attempt) != asked:
         raise MessageError(f"Expected a reply to round {asked[1]}, attempt {asked[2]}, got another.")
+    if strange := sorted(set(reply.metrics) - metric_names):
+        raise MessageError(f"Expected metrics of the study's task, got {strange[0]!r}.")
     if expected_site is not None and reply.site != expected_site:
         raise MessageError(f"Expected a reply of site {expected_site!r}, got one of {reply.site!r}.")
     return SiteReply(reply, bytes_field(fields, "adapter"))

@@ -19,7 +19,8 @@ from medfed.errors import AdapterMismatchError, RoundError
 from medfed.messages import RoundInstruction
 from medfed.payload import decode_adapter, encode_adapter
 from medfed.study import StudyConfig
-from server.checkpoint import Checkpoint, metrics_line, read_checkpoint, write_checkpoint
+from medfed.tasks import task_of
+from server.checkpoint import Checkpoint, metrics_line, read_checkpoint, write_checkpoint, write_metrics
 from server.exchange import Exchange, exchange
 from strategies.registry import strategy_of
 from strategies.weighted_sum import aggregate
@@ -71,6 +72,8 @@ def run_rounds(
         if federation.evaluate_initial:
             state = loop.evaluated(state)
         write_checkpoint(folder, state)
+    else:
+        write_metrics(folder, state)  # a crash may have come between the checkpoint and its metrics.jsonl
     while state.round < study.rounds.num_rounds:
         state = loop.trained(state)
         every, last = study.rounds.evaluate_every, state.round == study.rounds.num_rounds
@@ -89,6 +92,7 @@ class _Loop:
         self._study = study
         self._federation = federation
         self._strategy = strategy_of(study.strategy)
+        self._metric_names = task_of(study.task).metric_names
         self._node_of: dict[str, int] = {}
 
     def find_sites(self) -> dict[str, float]:
@@ -146,18 +150,25 @@ class _Loop:
         return replace(state, round=number, adapter_P=manifest.flatten(dict(tree)), metrics=(*state.metrics, *lines))
 
     def evaluated(self, state: Checkpoint) -> Checkpoint:
-        """The state with the metrics of its adapter on every evaluating site's held-out patients."""
+        """The state with the metrics of its adapter on every evaluating site's held-out patients.
+
+        Raises:
+            RoundError: if one of them did not evaluate: a mean over fewer sites would be another number.
+        """
         if not self._federation.evaluate_sites:
             return state
         payload = encode_adapter(state.adapter_P, self._study.resolved_manifest)
         sites = self._federation.evaluate_sites
         answered = self._ask("evaluate", self._nodes(sites), state.round, payload)
-        for site, reason in answered.failures.items():
-            _log.warning("event=not_evaluated round=%d site=%s reason=%s", state.round, site, reason)
+        if missing := [site for site in sites if site not in answered.replies]:
+            raise RoundError(
+                f"Round {state.round}: expected evaluations of {len(sites)} sites, {_reasons(missing, answered)}; "
+                "correct them and resume."
+            )
         lines = [
             self._line("evaluate", state.round, site, {"num_examples": reply.num_examples, **reply.metrics})
             for site in sites
-            if site in answered.replies and (reply := answered.replies[site].reply)
+            if (reply := answered.replies[site].reply)
         ]
         return replace(state, metrics=(*state.metrics, *lines))
 
@@ -177,6 +188,7 @@ class _Loop:
             study=self._study.canonical,
             adapter=adapter,
             deadline_s=self._study.rounds.deadline_s,
+            metric_names=self._metric_names,
         )
 
 

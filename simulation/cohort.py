@@ -184,10 +184,10 @@ def write_cohort(
     building.mkdir()
     try:
         _build(recipe, building, progress)
-        if directory.exists():
-            shutil.rmtree(directory)
-        # A second process may have finished the same cohort meanwhile; the bytes are the same.
+        # A second process may have finished the same cohort meanwhile, and be reading it; the bytes are the same.
         if not _holds(directory, recipe):
+            if directory.exists():
+                shutil.rmtree(directory)
             building.replace(directory)
     finally:
         shutil.rmtree(building, ignore_errors=True)

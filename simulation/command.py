@@ -35,13 +35,14 @@ def simulate(
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the run folder is made.")] = Path("runs"),
     engine: Annotated[
-        Literal["in-process", "ray"], typer.Option(help="ray runs the federated arm on Flower's Ray engine.")
-    ] = "in-process",
+        Literal["in-process", "ray"] | None,
+        typer.Option(help="ray runs the federated arm on Flower's Ray engine; in-process by default."),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=0, metavar="N", help="Processes that train sites; 0 for none; one per core by default."),
     ] = None,
-    device: Annotated[_Device, typer.Option(help="Where sites compute.")] = "auto",
+    device: Annotated[_Device | None, typer.Option(help="Where sites compute; auto by default.")] = None,
     no_baselines: Annotated[
         bool, typer.Option("--no-baselines", help="Leave out the local-only and pooled arms.")
     ] = False,
@@ -75,7 +76,7 @@ def simulate(
             engine=engine,
             workers=workers,
             device=device,
-            baselines=not no_baselines,
+            baselines=False if no_baselines else None,
             reporter=reporter,
         )
 

@@ -217,13 +217,15 @@ class InProcessGrid(Grid):
 
         Raises:
             ValueError: a message is for an unknown node; nothing has run.
-            MedfedError: the grid is closed, or workers cannot be forked here.
+            MedfedError: the grid is closed, also while this call waits; or workers cannot be forked here.
         """
+        self.start()
         deadline_s = None if timeout is None else time.monotonic() + timeout
         errands = self._accept(messages)
         if self._num_workers:
             self._hand_to_workers(errands)
             wait([errand.reply for errand in errands], timeout=_seconds_until(deadline_s))
+            self._refuse_if_closed()  # closed meanwhile: what is missing was not late, it was given up
         else:
             for errand in errands:
                 self._run_here(errand, deadline_s=deadline_s)
@@ -266,7 +268,6 @@ class InProcessGrid(Grid):
         with self._lock:
             self._refuse_if_closed()
             if not self._frozen:
-                gc.collect()
                 gc.freeze()
                 self._frozen = True
             if self._carriers or not self._num_workers:

@@ -12,13 +12,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from client.data import refuse_shared_patients
-from client.site import SITES_VARIABLE, Site, VirtualSite, VirtualSites, site_of_partition
-from medfed.device import choose_device
-from medfed.errors import StudyError
+from client.site import SITES_VARIABLE, Site, VirtualSite, VirtualSites, forget_sites, site_of_partition
+from medfed.device import DeviceChoice, choose_device
+from medfed.errors import CheckpointError, StudyError
 from medfed.models.adapted import AdaptedModel, adapted_model
 from medfed.models.adapted import resolve as resolve_study
 from medfed.study import POOLED_SITE, StudyConfig, read_study
@@ -32,11 +33,14 @@ from simulation.overlays import draw_overlays
 from simulation.progress import Reporter, Silent
 from simulation.run_arms import Engine, run_arms, worker_count
 from simulation.run_folder import (
+    RunOptions,
     cache_folder,
     config_folder,
     metrics_of,
     new_run_folder,
+    store_options,
     store_study,
+    stored_options,
     stored_study,
 )
 from simulation.summary import NO_PRIVACY, compare
@@ -63,10 +67,10 @@ def simulate(
     *,
     resume: str | Path | None = None,
     out: str | Path = "runs",
-    engine: Engine = "in-process",
+    engine: Engine | None = None,
     workers: int | None = None,
-    device: str = "auto",
-    baselines: bool = True,
+    device: DeviceChoice | None = None,
+    baselines: bool | None = None,
     reporter: Reporter | None = None,
 ) -> Run:
     """Run a federated study on virtual hospitals in this machine.
@@ -75,12 +79,14 @@ def simulate(
         study: study file; or give ``resume``.
         resume: run folder of a run that was stopped; its arms go on from their last checkpoints.
         out: where run folders are made.
-        engine: ``in-process``, or ``ray`` for the federated arm on Flower's Ray simulation engine.
+        engine: ``in-process`` (the default), or ``ray`` for the federated arm on Flower's Ray simulation engine.
         workers: processes that train sites; None means one per core, 0 means this process. The result does
             not depend on it. On a GPU there is always one.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        baselines: whether the local-only and pooled arms run as well.
+        device: ``auto`` (the default), ``cpu``, ``cuda`` or ``mps``.
+        baselines: whether the local-only and pooled arms run as well; by default they do.
         reporter: is told of progress.
+
+    A resumed run has the engine, device and arms that it was started with, and refuses others, or other data.
 
     Raises:
         MedfedError: with one line that says what to change.
@@ -89,7 +95,9 @@ def simulate(
         raise StudyError("Expected a study file or a run folder to resume, not both; give one of them.")
     started_s = time.monotonic()
     reporter = reporter or Silent()
-    chosen = choose_device(device)
+    asked = {"engine": engine, "device": device, "baselines": baselines}
+    options = _options(asked, None if resume is None else stored_options(Path(resume)))
+    chosen = choose_device(options.device)
     _quieten_libraries()
 
     reporter.stage("loading backbone")
@@ -108,25 +116,46 @@ def simulate(
         folder = new_run_folder(Path(out), resolved.name)
         store_study(folder, resolved)
     reporter.folder(folder)
-    sites = _open_sites(folder, resolved, manifests, device)
+    sites = _open_sites(folder, resolved, manifests, options.device)
     reporter.stage("reading cohorts")
     cohorts = {site.name: site.cohort(resolved, model.pixels) for site in sites}
     refuse_shared_patients({name: cohort for name, cohort in cohorts.items() if name != POOLED_SITE})
+    digests = {name: cohort.digest for name, cohort in cohorts.items()}
+    if changed := [name for name, digest in options.cohorts.items() if digests.get(name) != digest]:
+        raise CheckpointError(
+            f"Expected the data that the run was started on, got other data at {changed[0]!r}; "
+            "restore it, or start a new run."
+        )
+    store_options(folder, options.model_copy(update={"cohorts": digests}))
 
-    arms = arms_of(resolved, baselines=baselines)
+    arms = arms_of(resolved, baselines=options.baselines)
     run_arms(
         arms,
         resolved,
         folder,
         cohorts,
         num_workers=worker_count(workers, chosen.type, len(sites)),
-        engine=engine,
+        engine=options.engine,
         reporter=reporter,
     )
 
     reporter.stage("writing report")
     summary = _write_results(folder, resolved, arms, sites, model, provenance, started_s)
     return Run(folder, summary)
+
+
+def _options(asked: Mapping[str, Any], stored: RunOptions | None) -> RunOptions:
+    """How to run: as asked, or as the run was started."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    if stored is None:
+        return RunOptions.model_validate({"engine": "in-process", "device": "auto", "baselines": True, **given})
+    for name, value in given.items():
+        if value != getattr(stored, name):
+            raise CheckpointError(
+                f"Expected {name} = {getattr(stored, name)}, with which the run was started, got {value}; "
+                "leave the option out, or start a new run."
+            )
+    return stored
 
 
 def _manifests(study: StudyConfig, reporter: Reporter) -> tuple[dict[str, Path], str]:
@@ -175,6 +204,7 @@ def _open_sites(folder: Path, study: StudyConfig, manifests: Mapping[str, Path],
     path = folder / "sites.json"
     write_durably(path, described.model_dump_json(indent=2).encode())
     os.environ[SITES_VARIABLE] = str(path)
+    forget_sites()
     return [site_of_partition(index) for index in range(len(virtual))]
 
 

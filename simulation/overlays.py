@@ -208,20 +208,18 @@ def displayable(image_CHW: Tensor, pixels: PixelSpec) -> _Image:
 class _Upright:
     """Turns arrays as they were read into rows by columns as people look at them.
 
-    A simulated cohort holds them that way. Of a user's own files, MONAI reads all formats but ``.npy`` as
-    [x, y]; in NIfTI, y usually runs upwards on the screen. Orientation matters for the picture alone.
+    A simulated cohort holds them that way, and so do all formats of a user's own files but NIfTI: there the
+    axes are [x, y], and y usually runs upwards on the screen. Orientation matters for the picture alone.
     """
 
     def __init__(self, study: StudyConfig, site: Site) -> None:
         own = study.cohort is None
         with site.manifests[0].open(newline="", encoding="utf-8-sig") as file:
             name = next(csv.DictReader(file))["image"].strip() if own else ""
-        self._transpose = own and not name.endswith(".npy")
-        self._flip = name.endswith((".nii", ".nii.gz"))
+        self._is_nifti = name.endswith((".nii", ".nii.gz"))
 
     def __call__(self, array_HW: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        turned_HW = array_HW.T if self._transpose else array_HW
-        return turned_HW[::-1] if self._flip else turned_HW
+        return array_HW.T[::-1] if self._is_nifti else array_HW
 
 
 def _region(mask_HW: _Mask) -> tuple[slice, slice]:

@@ -4,6 +4,7 @@
 
     runs/<study>-<time>/
         study.json                 the resolved study, canonical
+        options.json               how it was run, and digests of the data it was run on
         sites.json                 the virtual sites and where their data is
         checkpoint.safetensors     the federated arm after its last round
         metrics.jsonl              its metrics, one JSON object per line
@@ -18,8 +19,11 @@ import json
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from medfed.device import DeviceChoice
 from medfed.errors import CheckpointError
 from medfed.study import StudyConfig, parse_study
 from server.checkpoint import write_durably
@@ -54,6 +58,44 @@ def stored_study(folder: Path) -> StudyConfig:
     if not path.is_file():
         raise CheckpointError(f"Expected a run folder with study.json, got {folder}; check the path.")
     return parse_study(path.read_bytes())
+
+
+class RunOptions(BaseModel):
+    """How a run was started; a resumed run goes on in the same way.
+
+    Attributes:
+        device: where sites compute, as asked for.
+        engine: where the federated arm runs.
+        baselines: whether the other arms run.
+        cohorts: digest of every site's data.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: DeviceChoice
+    engine: Literal["in-process", "ray"]
+    baselines: bool
+    cohorts: dict[str, str] = {}
+
+
+def store_options(folder: Path, options: RunOptions) -> None:
+    """Write how the run was started."""
+    write_durably(folder / "options.json", options.model_dump_json(indent=2).encode())
+
+
+def stored_options(folder: Path) -> RunOptions | None:
+    """How the run was started; None if it was stopped before that was known.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    path = folder / "options.json"
+    try:
+        return RunOptions.model_validate_json(path.read_bytes()) if path.exists() else None
+    except ValidationError:
+        raise CheckpointError(
+            f"Expected the options of a run at {path}, got something else; start a new run."
+        ) from None
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:

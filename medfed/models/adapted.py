@@ -46,7 +46,10 @@ class AdaptedModel:
                 f"got {study.task.kind!r}; change the task or the backbone."
             )
         generator = torch.Generator().manual_seed(derive_seed(study.seed, "head"))
-        backbone = entry.build(study.task, generator)
+        try:
+            backbone = entry.build(study.task, generator)
+        except KeyError as error:  # torch refuses some names of modules, such as "type"
+            raise StudyError(f"Expected other names in [task] for {study.backbone.name}: {error}.") from None
         self._peft = _attach_adapter(backbone, entry, study)
         self.backbone: Any = self._peft.get_base_model()
         self.pixels: PixelSpec = entry.pixels
@@ -63,8 +66,10 @@ class AdaptedModel:
         self.flat = _view_as_one(trainable, self.manifest, device)
         inner = [name.removeprefix("base_model.model.") for name in trainable]
         self.num_frozen_stages = count_frozen_stages(self.backbone.stages, inner)
+        # Without a weights file the seed is what the weights come from.
+        weights = study.backbone.sha256 if entry.weights else f"{study.backbone.name}:{study.seed}"
         self.prefix_digest = sha256_hex(
-            canonical_bytes([study.backbone.sha256, list(self.backbone.stages[: self.num_frozen_stages])])
+            canonical_bytes([weights, list(self.backbone.stages[: self.num_frozen_stages])])
         )
 
     def load(self, vector_P: Tensor) -> None:
@@ -84,7 +89,8 @@ class AdaptedModel:
 
     def encode(self, image_B3HW: Tensor) -> Tensor:
         """Features after the frozen prefix, without gradient; independent of the adapter."""
-        with torch.no_grad():
+        # In full precision wherever it is called: features are kept, and must not depend on who asked first.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             features: Tensor = self.backbone.prefix(image_B3HW, self.num_frozen_stages)
         return features
 

@@ -28,6 +28,11 @@ class ClassificationTask(Task):
     def __init__(self, config: ClassificationConfig) -> None:
         self.targets = config.targets
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The targets."""
+        return tuple(self.targets)
+
     def collate(self, annotations: Sequence[Mapping[str, int]], device: torch.device) -> dict[str, Tensor]:
         """Class indices of each target, shape (B,)."""
         return {name: torch.tensor([a[name] for a in annotations], device=device) for name in self.targets}

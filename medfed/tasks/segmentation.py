@@ -87,6 +87,11 @@ class SegmentationTask(Task):
     def __init__(self, config: SegmentationConfig) -> None:
         self.classes = config.classes
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The structures."""
+        return self.classes
+
     def collate(self, annotations: Sequence[SegmentationAnnotation], device: torch.device) -> SegmentationTarget:
         """Boxes of all images in one list, with their owners."""
         counts = torch.tensor([len(a.class_M) for a in annotations])

@@ -25,6 +25,16 @@ class Task(ABC):
     primary: str
     """Name of the metric by which studies are compared; larger is better, in [0, 1]."""
 
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[str, ...]:
+        """Classes or targets, by which the primary metric is broken down."""
+
+    @property
+    def metric_names(self) -> frozenset[str]:
+        """The only names under which a site may report a number."""
+        return frozenset({"loss", self.primary, *(f"{self.primary}/{part}" for part in self.parts)})
+
     @abstractmethod
     def collate(self, annotations: Sequence[Any], device: torch.device) -> Any:
         """The target of a batch, on ``device``."""

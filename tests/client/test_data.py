@@ -130,6 +130,28 @@ def test_label_is_resized_with_the_image(make_cohort: MakeCohort) -> None:
     assert item.annotation.mask_MHW.sum(dim=(1, 2)).tolist() == [4 * 144, 4 * 224]
 
 
+def test_label_map_of_another_size_is_refused_before_anything_is_resized(make_cohort: MakeCohort) -> None:
+    manifest = make_cohort()
+    nibabel.save(nibabel.Nifti1Image(np.zeros((200, 40)), np.eye(4)), manifest.parent / "label0.nii.gz")
+    with pytest.raises(DataError, match=r"image's size \[64, 64\], got \[200, 40\]"):
+        load_cohort("north", [manifest], TASK, PIXELS)
+
+
+def test_label_map_in_a_format_with_other_axes_is_refused(make_cohort: MakeCohort) -> None:
+    manifest = make_cohort()
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(manifest.parent / "label0.png")
+    with pytest.raises(DataError, match="both as NIfTI or neither"):
+        load_cohort("north", [change(manifest, "label0.nii.gz", "label0.png")], TASK, PIXELS)
+
+
+def test_digest_of_a_cohort_changes_with_its_data(make_cohort: MakeCohort) -> None:
+    manifest = make_cohort()
+    before = load_cohort("north", [manifest], TASK, PIXELS).digest
+    assert load_cohort("north", [manifest], TASK, PIXELS).digest == before
+    change(manifest, "north-0,train", "north-0,test")
+    assert load_cohort("north", [manifest], TASK, PIXELS).digest != before
+
+
 def test_png_nifti_and_dicom_of_one_picture_are_one_image(tmp_path: Path) -> None:
     """Rows stay rows and columns stay columns in every format."""
     picture = np.arange(48 * 48, dtype=np.uint8).reshape(48, 48)

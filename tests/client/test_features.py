@@ -89,6 +89,26 @@ def test_memory_and_disk_are_bounded(study: StudyConfig, model: AdaptedModel, tm
     assert sum(entry.stat().st_size for entry in (tmp_path / "f").iterdir()) <= 3 * size
 
 
+def test_stand_ins_of_two_seeds_do_not_share_features(
+    make_study: Callable[..., StudyConfig], study: StudyConfig
+) -> None:
+    other = study.replace(seed=study.seed + 1)
+    digests = {AdaptedModel(each, torch.device("cpu")).prefix_digest for each in (study, other)}
+    assert len(digests) == 2
+
+
+def test_cache_that_cannot_be_written_costs_time_and_nothing_else(
+    study: StudyConfig, model: AdaptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    item = items_of(study, model)[0]
+    expected = FeatureCache().features_of(item, model)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert torch.equal(FeatureCache(tmp_path / "f", bytes(32)).features_of(item, model), expected)
+
+
 def test_disk_without_a_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="patient data"):
         FeatureCache(tmp_path)

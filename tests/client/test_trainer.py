@@ -9,7 +9,7 @@ import torch
 from client.data import Cohort, load_cohort
 from client.features import FeatureCache
 from client.trainer import TrainResult, evaluate_locally, train_locally
-from medfed.errors import AdapterMismatchError
+from medfed.errors import AdapterMismatchError, DivergedError
 from medfed.models.adapted import AdaptedModel, adapted_model
 from medfed.study import StudyConfig
 from medfed.tasks import task_of
@@ -125,7 +125,7 @@ def test_diverged_training_is_refused_with_a_tensor_name(
     model = adapted_model(study, torch.device("cpu"))
     assert study.sites[0].data is not None
     cohort = load_cohort("north", [study.sites[0].data], study.task, model.pixels)
-    with pytest.raises(AdapterMismatchError, match="lora"):
+    with pytest.raises(DivergedError, match="lora"):
         run(study, model, cohort)
 
 
@@ -152,6 +152,22 @@ def test_evaluation_does_not_depend_on_the_batch_size(study: StudyConfig, model:
     assert set(results[0]) == {"dice", "dice/near", "dice/far"}
     for result in results[1:]:
         assert result == pytest.approx(results[0], abs=1e-5)
+
+
+def test_batch_without_any_structure_trains_nothing_and_does_not_fail(
+    study: StudyConfig, model: AdaptedModel, cohort: Cohort
+) -> None:
+    import numpy as np
+
+    from medfed.tasks.segmentation import annotate
+
+    empty = dataclass_replace(cohort.train[0], annotation=annotate(np.zeros((64, 64)), 2))
+    alone = run(study, model, dataclass_replace(cohort, train=(empty,)))
+    assert alone.loss == 0.0
+    assert torch.equal(alone.adapter_P, model.initial_P)
+    assert not torch.equal(
+        run(study, model, dataclass_replace(cohort, train=(empty, *cohort.train))).adapter_P, model.initial_P
+    )
 
 
 def test_metrics_of_a_class_that_never_occurs_are_left_out(

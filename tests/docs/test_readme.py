@@ -31,7 +31,7 @@ def test_every_make_target_and_command_exists(page: Path) -> None:
 
     makefile = (ROOT / "Makefile").read_text()
     commands = {entry.name for entry in distribution("medfed").entry_points.select(group="medfed.commands")}
-    text = "\n".join(re.findall(r"`+([^`]+)`+", page.read_text()))
+    text = "\n".join(re.findall(r"```(?:bash|)\n(.*?)```", page.read_text(), re.DOTALL))
     for target in re.findall(r"\bmake ([a-z-]+)", text):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for command in re.findall(r"^medfed ([a-z]+)", text, re.MULTILINE):

@@ -94,6 +94,8 @@ def test_file_and_object_are_the_same_study(tmp_path: Path) -> None:
             "weight_decay needs",
         ),
         ("[rounds]", "[rounds", "valid TOML"),
+        ("alpha = 8.0", "alpha = inf", "adapter.alpha"),
+        ("learning_rate = 1e-3", "learning_rate = nan", "training.learning_rate"),
     ],
 )
 def test_mistake_gives_one_line_that_names_it(tmp_path: Path, old: str, new: str, expected: str) -> None:

@@ -198,6 +198,36 @@ def test_site_that_cannot_serve_the_study_stops_the_run_before_it_starts(tmp_pat
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
+@pytest.mark.parametrize("action", ["describe", "train", "evaluate"])
+def test_metric_of_another_name_is_refused(tmp_path: Path, action: str) -> None:
+    def chatty(site: str, asked: str, instruction: RoundInstruction) -> Any:
+        if (site, asked) != ("west", action):
+            return None
+        return {"metrics": {"patient-0042": 1.0}}, encode_adapter(torch.ones(3), MANIFEST)
+
+    with pytest.raises(RoundError, match="patient-0042"):
+        run(tmp_path, chatty)
+
+
+def test_evaluation_without_a_site_is_no_evaluation(tmp_path: Path) -> None:
+    def blind(site: str, action: str, instruction: RoundInstruction) -> None:
+        if (site, action, instruction.round) == ("south", "evaluate", 3):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RoundError, match="expected evaluations of 3 sites, south"):
+        run(tmp_path, blind)
+    resumed = run(tmp_path)
+    assert sum('"evaluate"' in line for line in resumed.metrics) == 6
+
+
+def test_metrics_file_is_repaired_on_resume(tmp_path: Path) -> None:
+    run(tmp_path)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(whole[:50])
+    run(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+
+
 def test_deadline_ends_a_round(tmp_path: Path) -> None:
     import time
 

@@ -96,7 +96,7 @@ def test_options_reach_the_harness(called: dict) -> None:
 
 def test_resume_needs_no_study(called: dict) -> None:
     assert CliRunner().invoke(app, ["--resume", "runs/x"]).exit_code == 0
-    assert (called["study"], called["resume"], called["baselines"]) == (None, Path("runs/x"), True)
+    assert (called["study"], called["resume"], called["baselines"]) == (None, Path("runs/x"), None)
 
 
 def test_json_is_all_that_stdout_holds(called: dict) -> None:

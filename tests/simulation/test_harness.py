@@ -146,6 +146,19 @@ def test_site_that_cannot_be_read_stops_the_run_before_it_starts(
         simulate(study_file(study), out=tmp_path / "runs", workers=0)
 
 
+def test_run_is_not_resumed_on_other_data_or_with_other_options(
+    make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
+) -> None:
+    run = simulate(study_file(make_study()), out=tmp_path / "runs", workers=0, baselines=False)
+    assert simulate(resume=run.folder, workers=0).summary.sites == run.summary.sites
+    with pytest.raises(CheckpointError, match="baselines = False"):
+        simulate(resume=run.folder, baselines=True)
+    manifest = tmp_path / "cohorts" / "south" / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace("south-0,train", "south-0,test"))
+    with pytest.raises(CheckpointError, match="other data at 'south'"):
+        simulate(resume=run.folder, workers=0)
+
+
 def test_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="study.json"):
         simulate(resume=tmp_path)
