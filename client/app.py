@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from client import serve
 from client.site import Site, site_of_partition
 from medfed.errors import MessageError
-from medfed.messages import RECORD_KEY, Fields, Refusal, RoundInstruction, RoundReply
+from medfed.messages import INSTRUCTION_FIELDS, RECORD_KEY, Fields, Refusal, RoundInstruction, RoundReply, exact_fields
 
 _log = logging.getLogger("medfed.client.app")
 
@@ -67,7 +67,4 @@ def _fields_of(message: Message) -> Fields:
     if set(message.content) != {RECORD_KEY}:
         raise MessageError(f"Expected one record {RECORD_KEY!r} in a message, got {sorted(message.content)}.")
     record = message.content[RECORD_KEY]
-    fields: Fields = {str(k): v for k, v in record.items() if isinstance(v, (str, bytes))}
-    if set(fields) != {"header", "study", "adapter"} or len(record) != len(fields):
-        raise MessageError("Expected a header, a study and an adapter in an instruction, got other fields.")
-    return fields
+    return exact_fields(record, INSTRUCTION_FIELDS)

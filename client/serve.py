@@ -18,7 +18,7 @@ from medfed.errors import AdapterMismatchError, StudyError
 from medfed.messages import Fields, RoundInstruction, RoundReply, bytes_field
 from medfed.models.adapted import AdaptedModel, adapted_model
 from medfed.payload import decode_adapter, encode_adapter
-from medfed.study import StudyConfig, parse_study
+from medfed.study import POOLED_SITE, StudyConfig, parse_study
 from medfed.tasks import task_of
 from strategies.registry import strategy_of
 
@@ -83,7 +83,7 @@ def evaluate(instruction: RoundInstruction, fields: Fields, site: Site) -> Field
 def _study_and_model(instruction: RoundInstruction, fields: Fields, site: Site) -> tuple[StudyConfig, AdaptedModel]:
     """The study that travels along, if its digest and manifest are right, and the model it adapts."""
     study = _known_study(bytes_field(fields, "study"), instruction.study_digest)
-    if site.name not in (*study.site_names, "pooled"):
+    if site.name not in (*study.site_names, POOLED_SITE):
         raise StudyError(f"Expected a study with site {site.name!r}, got sites {', '.join(study.site_names)}.")
     model = adapted_model(study, site.device)
     if model.manifest.fingerprint != study.resolved_manifest.fingerprint:

@@ -119,20 +119,12 @@ class AdapterManifest(BaseModel):
             raise AdapterMismatchError("Expected at least one tensor to travel, got none; widen the selection.")
         return AdapterManifest(method=self.method, rank=self.rank, tensors=kept)
 
-    def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse tensors that are not exactly the manifest's, or not finite.
-
-        Raises:
-            AdapterMismatchError: names the first unknown or missing tensor, wrong shape, wrong dtype, or
-                non-finite value.
-        """
-        self.flatten(tensors)
-
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One contiguous float32 CPU vector of length P, in manifest order.
 
         Raises:
-            AdapterMismatchError: as :meth:`check`.
+            AdapterMismatchError: names the first unknown or missing tensor, wrong shape, wrong dtype, or
+                non-finite value.
         """
         if unknown := sorted(tensors.keys() - self._shapes.keys()):
             raise AdapterMismatchError(

@@ -6,6 +6,7 @@ model that refuses unknown fields, so a field that nobody agreed on cannot ride 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,6 +19,9 @@ RECORD_KEY = "medfed"
 
 Fields = dict[str, str | bytes]
 """What a message is on the wire: ``header`` (JSON) and byte fields."""
+
+INSTRUCTION_FIELDS = ("header", "study", "adapter")
+REPLY_FIELDS = ("header", "adapter")
 
 
 class _Header(BaseModel):
@@ -105,6 +109,18 @@ class RoundReply(_Header):
     def to_fields(self, *, adapter: bytes = b"") -> Fields:
         """The message: header and adapter payload (may be empty)."""
         return {"header": self.model_dump_json(), "adapter": adapter}
+
+
+def exact_fields(record: Mapping[str, object], names: Collection[str]) -> Fields:
+    """The fields of a record that holds text or bytes under exactly these names.
+
+    Raises:
+        MessageError: if a name is missing or strange, or a value is neither text nor bytes.
+    """
+    fields: Fields = {name: value for name, value in record.items() if isinstance(value, (str, bytes))}
+    if set(fields) != set(names) or len(fields) != len(record):
+        raise MessageError(f"Expected text or bytes as {', '.join(names)}, got other fields.")
+    return fields
 
 
 def bytes_field(fields: Fields, name: str) -> bytes:

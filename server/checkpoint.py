@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from medfed.errors import AdapterMismatchError, CheckpointError
 from medfed.payload import decode_adapter, encode_adapter
 
 CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,22 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "round": checkpoint.round,
         "weights": checkpoint.weights,
     }
-    lines = "".join(line + "\n" for line in checkpoint.metrics)
+    lines = _joined(checkpoint.metrics)
     data = save(
         {"adapter": checkpoint.adapter_P.contiguous()},
         metadata={"medfed": _encode(facts), "metrics": lines},
     )
     write_durably(folder / CHECKPOINT, data)
-    write_metrics(folder, checkpoint)
+    _replace(folder / METRICS, lines.encode(), durably=False)
 
 
 def write_metrics(folder: Path, checkpoint: Checkpoint) -> None:
     """Replace the folder's ``metrics.jsonl`` by the checkpoint's, atomically."""
-    lines = "".join(line + "\n" for line in checkpoint.metrics)
-    _replace(folder / "metrics.jsonl", lines.encode(), durably=False)
+    _replace(folder / METRICS, _joined(checkpoint.metrics).encode(), durably=False)
+
+
+def _joined(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
 def read_checkpoint(folder: Path, manifest: AdapterManifest, *, study_digest: str, scope: str) -> Checkpoint | None:

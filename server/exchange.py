@@ -14,11 +14,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from medfed.errors import MedfedError, MessageError
-from medfed.messages import RECORD_KEY, Fields, RoundInstruction, RoundReply, bytes_field
+from medfed.messages import RECORD_KEY, REPLY_FIELDS, Action, RoundInstruction, RoundReply, bytes_field, exact_fields
 
 _log = logging.getLogger("medfed.server.exchange")
 
-_MESSAGE_TYPES = {"describe": "query.describe", "train": "train", "evaluate": "evaluate"}
+_MESSAGE_TYPES: dict[Action, str] = {"describe": "query.describe", "train": "train", "evaluate": "evaluate"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Exchange:
 
 def exchange(
     grid: Grid,
-    action: str,
+    action: Action,
     nodes: Mapping[int, str | None],
     instruction: RoundInstruction,
     *,
@@ -123,9 +123,7 @@ def _read(
     record = message.content.get(RECORD_KEY)
     if not isinstance(record, ConfigRecord) or set(message.content) != {RECORD_KEY}:
         raise MessageError("Expected one record of ours in a reply, got something else.")
-    fields: Fields = {str(k): v for k, v in record.items() if isinstance(v, (str, bytes))}
-    if set(fields) != {"header", "adapter"} or len(record) != len(fields):
-        raise MessageError("Expected a header and an adapter in a reply, got other fields.")
+    fields = exact_fields(record, REPLY_FIELDS)
     reply = RoundReply.parse(fields)
     asked = (instruction.study_digest, instruction.round, instruction.attempt)
     if (reply.study_digest, reply.round, reply.attempt) != asked:

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from medfed.errors import AdapterMismatchError, RoundError
-from medfed.messages import RoundInstruction
+from medfed.messages import Action, RoundInstruction
 from medfed.payload import decode_adapter, encode_adapter
 from medfed.study import StudyConfig
 from medfed.tasks import task_of
@@ -178,7 +178,7 @@ class _Loop:
     def _nodes(self, sites: Sequence[str]) -> dict[int, str | None]:
         return {self._node_of[site]: site for site in sites}
 
-    def _ask(self, action: str, nodes: Mapping[int, str | None], number: int, adapter: bytes) -> Exchange:
+    def _ask(self, action: Action, nodes: Mapping[int, str | None], number: int, adapter: bytes) -> Exchange:
         instruction = RoundInstruction(study_digest=self._study.digest, round=number, scope=self._federation.scope)
         return exchange(
             self._grid,

@@ -104,12 +104,11 @@ def simulate(
     if resume is not None:
         folder = Path(resume).resolve()
         resolved = stored_study(folder)
-        model = adapted_model(resolved, chosen)
     else:
         config = read_study(Path(str(study)))
         strategy_of(config.strategy)
         resolved = resolve_study(config, chosen)
-        model = adapted_model(resolved, chosen)
+    model = adapted_model(resolved, chosen)
 
     manifests, provenance = _manifests(resolved, reporter)
     if resume is None:

@@ -98,8 +98,7 @@ def _lite_medsam(_task: SegmentationConfig | ClassificationConfig, _generator: t
 def _vit_s_focus(task: SegmentationConfig | ClassificationConfig, generator: torch.Generator) -> nn.Module:
     from medfed.models.vit_classifier import vit_s_focus_classifier
 
-    targets = cast(ClassificationConfig, task).targets
-    return vit_s_focus_classifier({name: len(classes) for name, classes in targets.items()}, generator=generator)
+    return vit_s_focus_classifier(_class_counts(task), generator=generator)
 
 
 def _stand_in_segmenter(_task: SegmentationConfig | ClassificationConfig, generator: torch.Generator) -> nn.Module:
@@ -113,10 +112,11 @@ def _stand_in_segmenter(_task: SegmentationConfig | ClassificationConfig, genera
 def _stand_in_classifier(task: SegmentationConfig | ClassificationConfig, generator: torch.Generator) -> nn.Module:
     from medfed.models.vit_classifier import tiny_vit_classifier
 
-    targets = cast(ClassificationConfig, task).targets
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed())
-        return tiny_vit_classifier({name: len(classes) for name, classes in targets.items()}, generator=generator)
+    return tiny_vit_classifier(_class_counts(task), generator=generator)
+
+
+def _class_counts(task: SegmentationConfig | ClassificationConfig) -> dict[str, int]:
+    return {name: len(classes) for name, classes in cast(ClassificationConfig, task).targets.items()}
 
 
 _DECODER_QV = r"mask_decoder\.transformer\..*\.(q_proj|v_proj)"
@@ -135,7 +135,7 @@ register_backbone(
             r"|output_hypernetworks_mlps\.0\.layers\.\d)",
             "encoder-last-stage": r"image_encoder\.layers\.3\.blocks\.\d\.attn\.(qkv|proj)",
             "encoder-qkv+decoder-qv": r"image_encoder\.layers\.\d\.blocks\.\d\.attn\.qkv"
-            r"|mask_decoder\.transformer\..*\.(q_proj|v_proj)",
+            rf"|{_DECODER_QV}",
         },
     ),
 )

@@ -10,18 +10,8 @@ import torch
 from client.data import load_cohort
 from client.features import FeatureCache, cache_key
 from medfed.errors import SiteError
-from medfed.models.adapted import AdaptedModel, adapted_model
+from medfed.models.adapted import AdaptedModel
 from medfed.study import StudyConfig
-
-
-@pytest.fixture
-def study(make_study: Callable[..., StudyConfig]) -> StudyConfig:
-    return make_study(("north",))
-
-
-@pytest.fixture
-def model(study: StudyConfig) -> AdaptedModel:
-    return adapted_model(study, torch.device("cpu"))
 
 
 def items_of(study: StudyConfig, model: AdaptedModel) -> tuple:

@@ -16,16 +16,6 @@ from medfed.tasks import task_of
 
 
 @pytest.fixture
-def study(make_study: Callable[..., StudyConfig]) -> StudyConfig:
-    return make_study(("north",))
-
-
-@pytest.fixture
-def model(study: StudyConfig) -> AdaptedModel:
-    return adapted_model(study, torch.device("cpu"))
-
-
-@pytest.fixture
 def cohort(study: StudyConfig, model: AdaptedModel) -> Cohort:
     assert study.sites[0].data is not None
     return load_cohort("north", [study.sites[0].data], study.task, model.pixels)
