@@ -1,0 +1,273 @@
+"""The privacy plan of a study: what is drawn, clipped and noised at a site, and what that promises, as one object.
+
+Sampler, clip, noise, steps and the accounted event come from the same few numbers, so that no part can be changed
+without the others. Nothing that follows from these numbers is stored: epsilon and the event are computed from them
+whenever they are asked for. A plan whose numbers contradict each other cannot be built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import dp_accounting
+
+from medfed.errors import PrivacyError
+from medfed.study import PrivacyConfig, StudyConfig
+from privacy.accounting import Epsilon, Mechanism, calibrate_noise, epsilon_spent, is_count, is_number, require_delta
+
+Trust = Literal["site", "none"]
+Unit = Literal["patient", "record"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """DP-SGD at one site, over a whole study.
+
+    Guarantee, if the training code does what the plan says: everything a site sends over the study is
+    (``epsilon.value``, ``delta``)-differentially private with respect to adding or removing one unit of its
+    training cohort. Not covered: replacing a unit (about twice as much), held-out patients, metrics released
+    without noise, and other studies on the same patients, which the site's ledger adds up.
+
+    The noise that a site adds (:attr:`noise_std`) and the noise that is accounted (:attr:`mechanism`) are asked
+    for separately. They are equal here, where a site trusts nobody.
+
+    ==================== ==========================================================================
+    ``trust = "none"``   draws and clips, adds no noise: :attr:`is_private` is False, epsilon infinite
+    ``unit = "record"``  a unit is one image: there is no image limit, ``images_per_patient`` is None
+    empty batch          is noised, released and counted as any other step
+    ==================== ==========================================================================
+
+    Attributes:
+        trust: ``site``: the site adds all noise itself. ``none``: nobody adds any.
+        unit: whose presence is hidden: a ``patient`` with all images, or a ``record``, one image.
+        clip_norm: C, L2 bound of what one unit contributes to a step's sum; > 0.
+        sampling_rate: q, probability with which each unit takes part in a step, independently of all others;
+            in (0, 1].
+        noise_multiplier: z, standard deviation of a site's noise over ``clip_norm``; > 0 for ``site``, 0 for ``none``.
+        steps_per_round: noised steps in each round; >= 1.
+        num_rounds: rounds of the study; >= 1.
+        delta: probability outside the guarantee; in (0, 1), and see :meth:`check_cohort`.
+        images_per_patient: K, images of a drawn patient that are used at most, chosen at random; >= 1. Costs no
+            privacy: a patient's gradients are averaged before they are clipped.
+        views: augmented views of each image, averaged before clipping; >= 1. Costs no privacy either.
+
+    Raises:
+        PrivacyError: if a value is outside its range, or two of them contradict each other.
+    """
+
+    adjacency: ClassVar[Literal["add-remove"]] = "add-remove"
+
+    trust: Trust
+    unit: Unit
+    clip_norm: float
+    sampling_rate: float
+    noise_multiplier: float
+    steps_per_round: int
+    num_rounds: int
+    delta: float
+    images_per_patient: int | None
+    views: int
+
+    def __post_init__(self) -> None:
+        if self.trust not in ("site", "none"):
+            raise PrivacyError(f"Expected trust 'site' or 'none', got {self.trust!r}; choose who is trusted.")
+        if self.unit not in ("patient", "record"):
+            raise PrivacyError(f"Expected unit 'patient' or 'record', got {self.unit!r}; choose what is hidden.")
+        if not (is_number(self.clip_norm) and self.clip_norm > 0):
+            raise PrivacyError(
+                f"Expected a finite clip_norm > 0, got {self.clip_norm!r}; without a bound no noise is enough."
+            )
+        if not (is_number(self.sampling_rate) and 0 < self.sampling_rate <= 1):
+            raise PrivacyError(
+                f"Expected sampling_rate in (0, 1], got {self.sampling_rate!r}; give the probability with which "
+                "a unit takes part in a step."
+            )
+        if not (is_number(self.noise_multiplier) and self.noise_multiplier >= 0):
+            raise PrivacyError(
+                f"Expected a finite noise_multiplier >= 0, got {self.noise_multiplier!r}; calibrate it from epsilon, "
+                "or give it."
+            )
+        require_delta(self.delta)
+        for name in ("steps_per_round", "num_rounds", "views"):
+            self._require_positive_count(name)
+        if self.trust == "site" and self.noise_multiplier == 0:
+            raise PrivacyError(
+                "Expected noise_multiplier > 0 with trust 'site', got 0, which protects nobody; add noise, or say so "
+                "with trust 'none'."
+            )
+        if self.trust == "none" and self.noise_multiplier > 0:
+            raise PrivacyError(
+                f"Expected noise_multiplier 0 with trust 'none', got {self.noise_multiplier!r}; remove it, or set "
+                "trust 'site'."
+            )
+        if self.unit == "record" and self.images_per_patient is not None:
+            raise PrivacyError(
+                f"Expected no images_per_patient with unit 'record', got {self.images_per_patient!r}; a record is "
+                "one image: remove it, or set unit 'patient'."
+            )
+        if self.unit == "patient":
+            self._require_positive_count("images_per_patient")
+
+    def _require_positive_count(self, name: str) -> None:
+        value = getattr(self, name)
+        if not (is_count(value) and value >= 1):
+            raise PrivacyError(f"Expected {name} as an integer >= 1, got {value!r}; give a whole number.")
+
+    @classmethod
+    def of(cls, config: PrivacyConfig, num_rounds: int) -> PrivacyPlan:
+        """The plan of a study's privacy section over ``num_rounds`` rounds.
+
+        Noise that the section does not fix is calibrated from its epsilon. A section with both, as a resolved
+        study has, is held to its word: the noise must reach the epsilon.
+
+        Raises:
+            PrivacyError: if the noise does not reach the epsilon, no noise does, or a value is out of range.
+        """
+
+        def plan(noise_multiplier: float) -> PrivacyPlan:
+            return cls(
+                trust=config.trust,
+                unit=config.unit,
+                clip_norm=config.clip_norm,
+                sampling_rate=config.sampling_rate,
+                noise_multiplier=noise_multiplier,
+                steps_per_round=config.steps_per_round,
+                num_rounds=num_rounds,
+                delta=config.delta,
+                images_per_patient=config.images_per_patient,
+                views=config.views,
+            )
+
+        if config.trust == "none":
+            return plan(0.0)
+        if config.noise_multiplier is None:
+            return plan(_calibrated_noise(config, plan))
+        given = plan(config.noise_multiplier)
+        if config.epsilon is not None and given.epsilon.value > config.epsilon:
+            raise PrivacyError(
+                f"Expected epsilon of at most {config.epsilon:g} at delta {config.delta:g}, got "
+                f"{given.epsilon.value:.4f} from noise_multiplier {config.noise_multiplier:g} over {given.total_steps} "
+                "steps; remove noise_multiplier to have it calibrated, or raise epsilon."
+            )
+        return given
+
+    @property
+    def is_private(self) -> bool:
+        """Whether anything is promised at all."""
+        return self.noise_multiplier > 0
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation z C of the noise that the site adds to each element of a step's clipped sum."""
+        return self.noise_multiplier * self.clip_norm
+
+    @property
+    def total_steps(self) -> int:
+        """Noised steps of a site over the whole study."""
+        return self.steps_per_round * self.num_rounds
+
+    def mechanism(self, rounds: int) -> Mechanism:
+        """What ``rounds`` rounds of the plan cost, for the accountant and the ledger; 0 rounds cost nothing.
+
+        Raises:
+            PrivacyError: if the plan has fewer rounds, or adds no noise, for which there is no accounting.
+        """
+        if not (is_count(rounds) and 0 <= rounds <= self.num_rounds):
+            raise PrivacyError(
+                f"Expected rounds as an integer from 0 to the plan's {self.num_rounds}, got {rounds!r}; a longer "
+                "study needs a plan of its own."
+            )
+        return Mechanism(self.noise_multiplier, self.sampling_rate, self.steps_per_round * rounds)
+
+    @property
+    def epsilon(self) -> Epsilon:
+        """Epsilon of the whole study at :attr:`delta`, add/remove adjacency; infinite without noise.
+
+        Raises:
+            PrivacyError: if the accountants give no two sound bounds; see :func:`~privacy.accounting.epsilon_spent`.
+        """
+        if not self.is_private:
+            return Epsilon(prv=math.inf, pld=math.inf)
+        return epsilon_spent([self.mechanism(self.num_rounds)], self.delta)
+
+    @property
+    def event(self) -> dp_accounting.DpEvent:
+        """The whole study in the language of ``dp_accounting``, whose accountants can check it."""
+        if not self.is_private:
+            return dp_accounting.NonPrivateDpEvent()
+        step = dp_accounting.PoissonSampledDpEvent(
+            self.sampling_rate, dp_accounting.GaussianDpEvent(self.noise_multiplier)
+        )
+        return dp_accounting.SelfComposedDpEvent(step, self.total_steps)
+
+    def check_cohort(self, num_units: int) -> None:
+        """Refuses a cohort of which ``delta`` would allow one unit to be given away whole.
+
+        Releasing one unit at random, unprotected, is (0, 1/n)-private among n: a delta of 1/n or more promises
+        nothing. A plan without noise promises nothing anyway and is not refused.
+
+        Args:
+            num_units: units in the site's training cohort: patients, or images for ``unit = "record"``.
+
+        Raises:
+            PrivacyError: if ``delta >= 1 / num_units``, or there is no unit.
+        """
+        if not (is_count(num_units) and num_units >= 1):
+            raise PrivacyError(f"Expected at least one {self.unit} in the cohort, got {num_units!r}; add data.")
+        if self.is_private and self.delta >= 1 / num_units:
+            raise PrivacyError(
+                f"Expected delta below 1/{num_units} = {1 / num_units:.3g}, one over the number of {self.unit}s in the "
+                f"cohort, got {self.delta:g}; lower delta to a tenth of that or less."
+            )
+
+    def noise_to_signal(self, num_units: int, num_parameters: int) -> float:
+        """Norm of a step's noise over the largest norm that its signal can be expected to have.
+
+        z C sqrt(P) / (q N C): a prediction from public numbers only, for approving a study. The signal is
+        smaller where units pull in different directions, so training is noisier than this says; the clip norm
+        cancels. Zero without noise.
+
+        Args:
+            num_units: N, public number of units in the site's training cohort.
+            num_parameters: P, elements of the adapter.
+
+        Raises:
+            PrivacyError: if a number is not an integer >= 1.
+        """
+        for name, value in (("num_units", num_units), ("num_parameters", num_parameters)):
+            if not (is_count(value) and value >= 1):
+                raise PrivacyError(f"Expected {name} as an integer >= 1, got {value!r}; give a whole number.")
+        return self.noise_multiplier * math.sqrt(num_parameters) / (self.sampling_rate * num_units)
+
+
+def calibrated(study: StudyConfig) -> StudyConfig:
+    """The study with its noise fixed: ``privacy.noise_multiplier`` calibrated from ``privacy.epsilon``.
+
+    A study without privacy section, without noise, or whose noise is given is returned as it is, after its plan
+    was built and so checked.
+
+    Raises:
+        PrivacyError: as :meth:`PrivacyPlan.of`.
+    """
+    if study.privacy is None:
+        return study
+    plan = PrivacyPlan.of(study.privacy, study.rounds.num_rounds)
+    if not plan.is_private or study.privacy.noise_multiplier is not None:
+        return study
+    fixed = {**study.privacy.model_dump(), "noise_multiplier": plan.noise_multiplier}
+    return study.replace(privacy=PrivacyConfig.model_validate(fixed))
+
+
+def _calibrated_noise(config: PrivacyConfig, plan: Callable[[float], PrivacyPlan]) -> float:
+    """Noise for the section's epsilon over the steps of the plan; the plan is checked before the search."""
+    if config.epsilon is None:
+        raise PrivacyError("Expected epsilon or noise_multiplier with trust 'site', got neither; give one of them.")
+    return calibrate_noise(
+        epsilon=config.epsilon,
+        delta=config.delta,
+        sampling_rate=config.sampling_rate,
+        steps=plan(1.0).total_steps,
+    )

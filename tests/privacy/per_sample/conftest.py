@@ -1,0 +1,6 @@
+"""Makes the shared subjects of this folder importable: ``from backbones import ...``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
