@@ -15,6 +15,11 @@
     +-- CheckpointError             exit 9   a run folder that cannot be continued
     +-- DeviceError                 exit 10  a device that was asked for and is not there
     +-- SiteError                   exit 11  the site's own set-up is not as it must be
+    +-- PrivacyError                exit 12  a privacy plan that contradicts itself or cannot be kept
+    |   +-- EngineError             exit 12  a model whose per-sample gradients cannot be made right
+    +-- BudgetError                 exit 13  a charge that would pass the cap of a cohort
+    +-- LedgerError                 exit 14  a privacy ledger that was changed, lost or cannot be written
+    +-- PolicyError                 exit 15  something that the site's policy does not allow
 
 A message says what was expected, what was got and what to do. It is shown to the person in front of the
 process that raised it and is never sent over the network: it may name files. What travels is the name of
@@ -118,3 +123,37 @@ class DeviceError(MedfedError):
 
     exit_code = 10
     public = "the site's compute device is not available"
+
+
+class PrivacyError(MedfedError):
+    """A privacy plan that contradicts itself, or that cannot be kept on this data."""
+
+    exit_code = 12
+    public = "the privacy plan cannot be kept"
+
+
+class EngineError(PrivacyError):
+    """Per-sample gradients of this model cannot be made right: nothing was trained and nothing spent."""
+
+    public = "per-sample gradients of this model cannot be made right at the site"
+
+
+class BudgetError(MedfedError):
+    """A charge after which a cohort's epsilon would pass its cap."""
+
+    exit_code = 13
+    public = "the privacy budget of the site's cohort does not allow it"
+
+
+class LedgerError(MedfedError):
+    """A privacy ledger that was changed, is not the newest, or cannot be written."""
+
+    exit_code = 14
+    public = "the site's privacy ledger needs attention"
+
+
+class PolicyError(MedfedError):
+    """The hospital's own policy does not allow what was asked."""
+
+    exit_code = 15
+    public = "the site's policy does not allow it"

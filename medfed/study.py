@@ -139,8 +139,9 @@ class TrainingConfig(_Section):
     """Local training at a site, per round.
 
     Attributes:
-        local_epochs: passes over the site's training images.
-        batch_size: images per step.
+        local_epochs: passes over the site's training images; not for studies with [privacy], which count steps.
+        batch_size: images per step; with [privacy], images that are computed at a time: what a step means
+            does not depend on it.
         learning_rate: constant within a round.
         optimizer: ``sgd`` (plain) or ``adamw``; its state starts afresh every round.
         weight_decay: decoupled, for ``adamw`` only.
@@ -149,7 +150,7 @@ class TrainingConfig(_Section):
         order: ``shuffled`` by a generator seeded from study, round and site, or ``sequential``.
     """
 
-    local_epochs: Annotated[int, Field(ge=1)]
+    local_epochs: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)]
     learning_rate: Annotated[float, Field(gt=0)]
     optimizer: Literal["sgd", "adamw"] = "adamw"
@@ -161,6 +162,55 @@ class TrainingConfig(_Section):
     def _decay_has_an_optimizer(self) -> TrainingConfig:
         if self.weight_decay and self.optimizer == "sgd":
             raise ValueError("weight_decay needs optimizer = 'adamw'; remove it or change the optimizer")
+        return self
+
+
+class PrivacyConfig(_Section):
+    """Differential privacy of a site's training patients: DP-SGD on the adapter, add/remove adjacency.
+
+    Nothing that changes the guarantee has a default. One of ``epsilon`` and ``noise_multiplier`` is given and
+    fixes the noise; a resolved study holds both.
+
+    Attributes:
+        trust: ``site``: each site adds the whole noise itself and trusts nobody. ``none``: draws and clips the
+            same, adds no noise, protects nothing; for comparison in simulations only.
+        unit: what one unit of privacy is: ``patient`` (all images of a patient together) or ``record`` (one
+            image; a patient with several images is protected less).
+        epsilon: target for a site over the whole study, at ``delta``.
+        noise_multiplier: standard deviation of the noise over ``clip_norm``.
+        delta: probability outside the guarantee; below one over the number of training patients.
+        clip_norm: L2 bound C of what one unit contributes to a step.
+        sampling_rate: probability q with which each unit takes part in a step, independently of all others.
+        steps_per_round: noised steps of a site in each round.
+        images_per_patient: at most this many images of a drawn patient, chosen at random; for ``patient``.
+        views: augmented views of each image, averaged before clipping; more than one needs augmentation.
+        engine: how per-sample gradients are computed; ``auto`` takes the fastest that passes the self-check.
+        evaluation: ``withheld``: held-out metrics never leave the site. ``exact``: they do, without noise;
+            held-out patients are then not protected.
+    """
+
+    trust: Literal["site", "none"]
+    unit: Literal["patient", "record"]
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    clip_norm: Annotated[float, Field(gt=0)]
+    sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    steps_per_round: Annotated[int, Field(ge=1)]
+    images_per_patient: Annotated[int, Field(ge=1)] | None = None
+    views: Annotated[int, Field(ge=1, le=64)] = 1
+    engine: Literal["auto", "lora-exact", "vmap", "loop"] = "auto"
+    evaluation: Literal["withheld", "exact"]
+
+    @model_validator(mode="after")
+    def _guarantee_is_whole(self) -> PrivacyConfig:
+        noise = self.epsilon is not None or self.noise_multiplier is not None
+        if self.trust == "none" and noise:
+            raise ValueError("trust = 'none' adds no noise; remove epsilon and noise_multiplier, or set trust = 'site'")
+        if self.trust == "site" and not noise:
+            raise ValueError("trust = 'site' needs epsilon or noise_multiplier; add one of them")
+        if (self.unit == "patient") != (self.images_per_patient is not None):
+            raise ValueError("images_per_patient belongs to unit = 'patient' and to no other; add or remove it")
         return self
 
 
@@ -216,6 +266,9 @@ class SiteConfig(_Section):
         train_patients: number of training patients of a simulated site.
         test_patients: number of held-out patients of a simulated site.
         lesion_prevalence: fraction of patients with a lesion, for ``brain-lesions``.
+        declared_patients: with [privacy]: a public number of training units (patients, or images if the unit is
+            a record), agreed beforehand and not above the true one. Updates are divided and weighted by it,
+            since the true number is itself private. A simulated site declares what it is made of.
     """
 
     name: Name
@@ -224,6 +277,7 @@ class SiteConfig(_Section):
     train_patients: Annotated[int, Field(ge=1)] | None = None
     test_patients: Annotated[int, Field(ge=1)] | None = None
     lesion_prevalence: Annotated[float, Field(ge=0, le=1)] | None = None
+    declared_patients: Annotated[int, Field(ge=1)] | None = None
 
 
 class StudyConfig(_Section):
@@ -241,6 +295,7 @@ class StudyConfig(_Section):
     adapter: AdapterConfig
     task: TaskConfig
     training: TrainingConfig
+    privacy: PrivacyConfig | None = None
     rounds: RoundsConfig
     strategy: StrategyConfig = StrategyConfig()
     cohort: CohortConfig | None = None
@@ -264,11 +319,29 @@ class StudyConfig(_Section):
             expected = {"brain-structures": "segmentation", "brain-lesions": "classification"}[self.cohort.kind]
             if self.task.kind != expected:
                 raise ValueError(f"cohort {self.cohort.kind!r} is a {expected} cohort, task.kind is {self.task.kind!r}")
+        self._check_training()
         for site in self.sites:
             self._check_site(site)
         return self
 
+    def _check_training(self) -> None:
+        training, privacy = self.training, self.privacy
+        if privacy is None:
+            if training.local_epochs is None:
+                raise ValueError("training.local_epochs is missing; a study without [privacy] needs it")
+            return
+        if training.local_epochs is not None:
+            raise ValueError("training.local_epochs has no meaning with [privacy], which draws at random; remove it")
+        if training.order != "shuffled":
+            raise ValueError("training.order has no meaning with [privacy], which draws at random; remove it")
+        if privacy.views > 1 and training.augmentation == "none":
+            raise ValueError("privacy.views above 1 needs training.augmentation; without it all views are equal")
+
     def _check_site(self, site: SiteConfig) -> None:
+        if self.privacy is not None and site.data is not None and site.declared_patients is None:
+            raise ValueError(f"site {site.name!r}: declared_patients is missing; [privacy] divides by it")
+        if site.declared_patients is not None and (self.privacy is None or self.cohort is not None):
+            raise ValueError(f"site {site.name!r}: declared_patients is for [privacy] and a site's own data; remove it")
         recipe: dict[str, object] = {
             "scanner": site.scanner,
             "train_patients": site.train_patients,
@@ -291,6 +364,21 @@ class StudyConfig(_Section):
     def site_names(self) -> tuple[str, ...]:
         """Site names in the order of the study: the order of every sum."""
         return tuple(site.name for site in self.sites)
+
+    def declared_units(self, site_name: str) -> int | None:
+        """The public number of a site's training units (patients or records); None without [privacy].
+
+        By it an update is divided and weighed. The pooled upper bound of a simulation has the sum of all sites.
+        """
+        if self.privacy is None:
+            return None
+        per_patient = self.cohort.images_per_patient if self.cohort and self.privacy.unit == "record" else 1
+        declared = [
+            site.declared_patients or (site.train_patients or 0) * per_patient
+            for site in self.sites
+            if site_name in (site.name, POOLED_SITE)
+        ]
+        return sum(declared)
 
     @property
     def quorum(self) -> int:
@@ -415,7 +503,7 @@ def _first_problem(error: ValidationError, origin: str) -> str:
 def _all_keys() -> list[str]:
     sections: Sequence[type[BaseModel]] = (
         StudyConfig, BackboneConfig, LoraAdapterConfig, HeadsAdapterConfig, SegmentationConfig,
-        ClassificationConfig, TrainingConfig, RoundsConfig, StrategyConfig, CohortConfig, SiteConfig,
+        ClassificationConfig, TrainingConfig, PrivacyConfig, RoundsConfig, StrategyConfig, CohortConfig, SiteConfig,
     )  # fmt: skip
     return sorted({key for section in sections for key in section.model_fields})
 

@@ -30,6 +30,8 @@ class AdaptedModel:
         manifest: the tensors that may travel: exactly the trainable ones.
         initial_P: the adapter before any training, on the CPU; does not change the model's outputs, except
             through a fresh head.
+        module: everything that a loss is computed with, adapter layers included.
+        trainable: the adapter's parameters by name, in manifest order.
         flat: one Parameter of shape (P,) whose storage the trainable parameters view, with its gradient
             viewed likewise; what an optimiser steps.
         num_frozen_stages: leading stages without trainable parameters: the cacheable prefix.
@@ -57,13 +59,15 @@ class AdaptedModel:
         self._peft.to(device)
 
         trainable = _trainable_by_name(self._peft)
+        self.module: nn.Module = self._peft
         self.manifest = AdapterManifest.of(
             {name: parameter.detach() for name, parameter in trainable.items()},
             method=study.adapter.method,
             rank=study.adapter.rank if isinstance(study.adapter, LoraAdapterConfig) else None,
         )
         self.initial_P = self.manifest.flatten({name: p.detach() for name, p in trainable.items()})
-        self.flat = _view_as_one(trainable, self.manifest, device)
+        self.trainable = {spec.name: trainable[spec.name] for spec in self.manifest.tensors}
+        self.flat = _view_as_one(self.trainable, self.manifest, device)
         inner = [name.removeprefix("base_model.model.") for name in trainable]
         self.num_frozen_stages = count_frozen_stages(self.backbone.stages, inner)
         # Without a weights file the seed is what the weights come from.

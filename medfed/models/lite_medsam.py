@@ -18,11 +18,11 @@ Adapters attach to any `nn.Linear` by name: `qkv`, `proj`, `fc1`, `fc2` in the e
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from medfed.models.sam_decoder import PER_IMAGE_LINEARS, MaskDecoder, PromptEncoder, SamDecoderConfig
+from medfed.models.sam_decoder import MaskDecoder, PromptEncoder, SamDecoderConfig
 from medfed.models.tiny_vit import TinyVit, TinyVitConfig
 
 
@@ -183,28 +183,6 @@ class LiteMedSam(nn.Module):
     def forward(self, image_B3HW: Tensor, boxes_N4: Tensor, owner_N: Tensor) -> Tensor:
         """Returns mask logits, float (N, image_size, image_size): all encoder stages, then `decode`."""
         return self.decode(self.resume(self.prefix(image_B3HW, 0), 0), boxes_N4, owner_N)
-
-    @staticmethod
-    def row_unit(linear_name: str) -> Literal["image", "box"]:
-        """Returns what the leading rows of a Linear's input stand for, so that each gradient finds its image.
-
-        * "image": rows are grouped by image, batch outermost; with R rows and B images, row r is of image r // (R / B).
-        * "box": row n is box n, of image `owner_N[n]`.
-
-        Args:
-            linear_name: dotted name of the Linear inside this model, as in the state dict, so without a wrapper's
-                prefix (`base_model.model.`); suffixes of an adapter (`.lora_A.default`) are allowed.
-
-        Raises:
-            ValueError: the name is in neither the encoder nor the decoder; guessing would misattribute gradients.
-        """
-        part, _, in_part = linear_name.partition(".")
-        if part == "image_encoder":
-            return "image"
-        if part != "mask_decoder":
-            raise ValueError(f"Expected a name in image_encoder or mask_decoder, got {linear_name!r}.")
-        per_image = any(in_part == name or in_part.startswith(f"{name}.") for name in PER_IMAGE_LINEARS)
-        return "image" if per_image else "box"
 
     def _check_num_stages(self, num_stages: int) -> None:
         if not 0 <= num_stages <= self.num_encoder_stages:

@@ -24,7 +24,8 @@ run once per image, and their rows are then handed to the boxes:
 | `cross_attn_image_to_token.q_proj`        | one per image     |
 | every other Linear of the decoder         | one per box       |
 
-Per-sample gradient code must treat the two kinds differently; `PER_IMAGE_LINEARS` is the table in code.
+With the same number of boxes for every image, image by image, the rows of both kinds are in image order: what
+per-sample gradients need.
 """
 
 from __future__ import annotations
@@ -38,12 +39,6 @@ from torch.nn import functional
 
 from medfed.models.tiny_vit import LayerNorm2d
 
-# Names inside `MaskDecoder` of the Linears whose leading axis counts images, not boxes.
-PER_IMAGE_LINEARS = (
-    "transformer.layers.0.cross_attn_token_to_image.k_proj",
-    "transformer.layers.0.cross_attn_token_to_image.v_proj",
-    "transformer.layers.0.cross_attn_image_to_token.q_proj",
-)
 # Upscaling doubles the grid twice, by transposed convolutions whose kernel equals their stride.
 UPSCALE = 2
 HEAD_LAYERS = 3
@@ -147,7 +142,7 @@ class Attention(nn.Module):
     """Multi-head attention whose inner width may be smaller than the width of its input.
 
     The leading axis of `q_proj`, `k_proj`, `v_proj` and `out_proj` inputs is never merged with the token axis.
-    It counts boxes, or images for the Linears in `PER_IMAGE_LINEARS`.
+    It counts boxes, or images for the three Linears of the table above.
     """
 
     def __init__(self, width: int, heads: int, *, shrink: int = 1) -> None:

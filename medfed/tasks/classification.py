@@ -46,6 +46,18 @@ class ClassificationTask(Task):
         ]
         return per_target[0] if len(per_target) == 1 else torch.stack(per_target).sum(dim=0)
 
+    def stack(self, annotations: Sequence[Mapping[str, int]], device: torch.device) -> dict[str, Tensor]:
+        """As :meth:`collate`: class indices are one per image already."""
+        return self.collate(annotations, device)
+
+    def stacked_losses(self, model: AdaptedModel, features: Tensor, stacked: Mapping[str, Tensor]) -> Tensor:
+        """As :meth:`losses`."""
+        return self.losses(model, features, stacked)
+
+    def made_up(self, num_images: int, like: Mapping[str, int], generator: torch.Generator) -> dict[str, Tensor]:
+        """Random classes."""
+        return {name: torch.randint(len(self.targets[name]), (num_images,), generator=generator) for name in like}
+
     def evaluate(self, model: AdaptedModel, batches: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> dict[str, float]:
         """Balanced accuracy of each target (mean recall over the classes that occur), and their mean."""
         predicted: dict[str, list[int]] = {name: [] for name in self.targets}

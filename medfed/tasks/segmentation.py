@@ -8,7 +8,7 @@ Legend: B images of a batch, N boxes of all its images, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +116,53 @@ class SegmentationTask(Task):
         total_B = loss_N.new_zeros(target.num_images).index_add(0, target.owner_N, loss_N)
         count_B = torch.bincount(target.owner_N, minlength=target.num_images).clamp(min=1)
         return total_B / count_B
+
+    def stack(self, annotations: Sequence[SegmentationAnnotation], device: torch.device) -> dict[str, Tensor]:
+        """Structures image by image, as many places (M) for each as the fullest image needs.
+
+        Returns:
+            ``box_BM4`` float32, ``mask_BMHW`` bool, ``present_BM`` bool; what is not present has the image's
+            corners as its box and an empty mask.
+        """
+        places = max((len(a.class_M) for a in annotations), default=0)
+        height, width = annotations[0].mask_MHW.shape[1:] if annotations else (0, 0)
+        box_BM4 = torch.tensor([0.0, 0.0, width - 1, height - 1]).repeat(len(annotations), places, 1)
+        mask_BMHW = torch.zeros(len(annotations), places, height, width, dtype=torch.bool)
+        present_BM = torch.zeros(len(annotations), places, dtype=torch.bool)
+        for index, annotation in enumerate(annotations):
+            found = len(annotation.class_M)
+            box_BM4[index, :found] = annotation.box_M4
+            mask_BMHW[index, :found] = annotation.mask_MHW
+            present_BM[index, :found] = True
+        stacked = {"box_BM4": box_BM4, "mask_BMHW": mask_BMHW, "present_BM": present_BM}
+        return {name: value.to(device) for name, value in stacked.items()}
+
+    def stacked_losses(self, model: AdaptedModel, features: Tensor, stacked: Mapping[str, Tensor]) -> Tensor:
+        """As :meth:`losses`; places without a structure are computed and do not count."""
+        present_BM = stacked["present_BM"]
+        num_images, places = present_BM.shape
+        target = SegmentationTarget(
+            class_N=torch.zeros(num_images * places, dtype=torch.int64, device=features.device),
+            box_N4=stacked["box_BM4"].flatten(0, 1),
+            mask_NHW=stacked["mask_BMHW"].flatten(0, 1).to(torch.float32),
+            owner_N=torch.arange(num_images, device=features.device).repeat_interleave(places),
+            num_images=num_images,
+        )
+        logits_NHW = self.logits(model, features, target).float()
+        loss_N = dice_loss(logits_NHW, target.mask_NHW) + cross_entropy_loss(logits_NHW, target.mask_NHW)
+        total_B = (loss_N.reshape(num_images, places) * present_BM).sum(dim=1)
+        return total_B / present_BM.sum(dim=1).clamp(min=1)
+
+    def made_up(self, num_images: int, like: SegmentationAnnotation, generator: torch.Generator) -> dict[str, Tensor]:
+        """Two structures in each image: random boxes, random masks."""
+        height, width = like.mask_MHW.shape[1:]
+        size = torch.tensor([width - 1, height - 1, width - 1, height - 1])
+        corner_BM2, extent_BM2 = torch.rand(2, num_images, 2, 2, generator=generator).mul(0.5).unbind()
+        return {
+            "box_BM4": torch.cat([corner_BM2, corner_BM2 + extent_BM2], dim=-1) * size,
+            "mask_BMHW": torch.rand(num_images, 2, height, width, generator=generator) < 0.5,
+            "present_BM": torch.ones(num_images, 2, dtype=torch.bool),
+        }
 
     def evaluate(self, model: AdaptedModel, batches: Iterable[tuple[Tensor, SegmentationTarget]]) -> dict[str, float]:
         """Mean Dice over the images that hold a structure, for each structure, and the mean of those."""

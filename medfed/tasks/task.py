@@ -44,6 +44,18 @@ class Task(ABC):
         """One loss per image, shape (B,): what per-patient clipping needs. Never reduced over the batch."""
 
     @abstractmethod
+    def stack(self, annotations: Sequence[Any], device: torch.device) -> Any:
+        """The target of a batch as tensors that all have the image as leading axis, for per-image gradients."""
+
+    @abstractmethod
+    def stacked_losses(self, model: AdaptedModel, features: Tensor, stacked: Any) -> Tensor:
+        """:meth:`losses` of a batch whose target comes from :meth:`stack`; shape (B,)."""
+
+    @abstractmethod
+    def made_up(self, num_images: int, like: Any, generator: torch.Generator) -> Any:
+        """A stacked target that is nobody's, with the sizes of the annotation ``like`` and none of its values."""
+
+    @abstractmethod
     def evaluate(self, model: AdaptedModel, batches: Iterable[tuple[Tensor, Any]]) -> dict[str, float]:
         """Metrics over all images of ``batches`` of (features, target).
 

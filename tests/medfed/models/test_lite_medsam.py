@@ -105,30 +105,6 @@ def test_a_train_mode_forward_leaves_every_buffer_and_the_result_unchanged() -> 
     assert not any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
 
 
-def test_row_unit_tells_which_rows_of_each_linear_depend_on_which_image() -> None:
-    model, image, boxes = tiny_model_and_inputs()
-    seen: dict[str, Tensor] = {}
-    for name in linear_names(model):
-        model.get_submodule(name).register_forward_hook(
-            lambda _, inputs, __, name=name: seen.update({name: inputs[0].detach().clone()})
-        )
-    model(image, boxes, OWNER_N)
-    before = dict(seen)
-    changed_image = 2
-    image[changed_image] = 1 - image[changed_image]
-    model(image, boxes, OWNER_N)
-    for name, rows in seen.items():
-        unit = model.row_unit(f"{name}.lora_A.default")
-        image_of_row = torch.arange(len(rows)) // (len(rows) // 4) if unit == "image" else OWNER_N
-        assert len(image_of_row) == len(rows)
-        of_others = image_of_row != changed_image
-        torch.testing.assert_close(rows[of_others], before[name][of_others])
-        is_token_only = name.startswith("mask_decoder.transformer.layers.0.self_attn")
-        is_first_query = name == "mask_decoder.transformer.layers.0.cross_attn_token_to_image.q_proj"
-        if not is_token_only and not is_first_query:
-            assert not torch.allclose(rows[~of_others], before[name][~of_others]), name
-
-
 def test_lora_takes_effect_on_every_linear_that_the_forward_uses() -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -145,11 +121,6 @@ def test_lora_takes_effect_on_every_linear_that_the_forward_uses() -> None:
             lora_b.fill_(3.0)
             assert not torch.equal(adapted(image, boxes, OWNER_N), plain), name
             lora_b.zero_()
-
-
-def test_row_unit_refuses_a_name_it_cannot_place() -> None:
-    with pytest.raises(ValueError, match="image_encoder or mask_decoder"):
-        LiteMedSam.row_unit("base_model.model.mask_decoder.transformer.layers.0.self_attn.q_proj")
 
 
 @pytest.mark.parametrize("images", [1, 4])
