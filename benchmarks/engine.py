@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,12 +18,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from safetensors.numpy import load_file
+
+from simulation.bench.rows import Row, printed, table, this_machine
 
 HERE = Path(__file__).resolve().parent
 PSS_INTERVAL_S = 0.1
@@ -37,22 +37,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": str(HERE.parent),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured value; ``holds`` compares it with the target, at most unless the value is a truth."""
-
-    name: str
-    value: float | bool
-    unit: str
-    target: float | bool | None
-
-    @property
-    def holds(self) -> bool:
-        if self.target is None:
-            return True
-        return self.value is self.target if isinstance(self.target, bool) else self.value <= self.target
 
 
 @dataclass(frozen=True)
@@ -193,39 +177,13 @@ def _watch_pss(process: subprocess.Popen[str], peak: list[int]) -> None:
         time.sleep(PSS_INTERVAL_S)
 
 
-def _machine() -> dict[str, object]:
-    return {
-        "system": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{p: version(p) for p in ("torch", "flwr", "peft", "transformers")}}
-
-
-def _table(rows: list[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "value", "unit", "target", "")
-    for row in rows:
-        value = str(row.value) if isinstance(row.value, bool) else f"{row.value:.3g}"
-        target = "" if row.target is None else str(row.target)
-        table.add_row(
-            row.name, value, row.unit, target, "" if row.target is None else ("ok" if row.holds else "MISSED")
-        )
-    Console().print(table)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="small workloads; timings and memory have no targets")
     parser.add_argument("--repeats", type=int, default=None, help="interleaved repeats of each comparison (5)")
     options = parser.parse_args()
-    machine = _machine()
+    machine = this_machine()
     repeats = options.repeats or (1 if options.quick else 5)
     with tempfile.TemporaryDirectory() as folder:
         rows = list(measure(QUICK if options.quick else FULL, repeats, Path(folder)))
@@ -233,10 +191,11 @@ def main() -> int:
         untimed = ("", "L2 ratio")
         rows = [row if row.unit in untimed else Row(row.name, row.value, row.unit, None) for row in rows]
     if options.json:
-        shown = [{**asdict(row), "holds": row.holds} for row in rows]
-        print(json.dumps({"rows": shown, "machine": machine, "versions": _versions()}))
+        print(json.dumps(printed(rows, machine)))
     else:
-        _table(rows)
+        from rich.console import Console
+
+        Console().print(table(rows))
     return 0 if all(row.holds for row in rows) else 1
 
 

@@ -66,7 +66,15 @@ def run(work: Workload, num_rounds: int, num_workers: int, folder: Path) -> None
             {"name": name, "manifests": [str(folder / "cohorts" / name / "manifest.csv")]} for name in work.site_names()
         ]
         sites_file = Path(run_folder) / "sites.json"
-        sites_file.write_text(json.dumps({"device": "cpu", "sites": sites}))
+        described = {
+            "device": "cpu",
+            "policy": {"approved_studies": [study.digest], "minimum_patients": 1, "allow_unprotected": True},
+            "ledgers": run_folder,
+            "ledger_key": str(Path(run_folder) / "ledger.key"),
+            "noise_seed": None,
+            "sites": sites,
+        }
+        sites_file.write_text(json.dumps(described))
         os.environ[SITES_VARIABLE] = str(sites_file)
         _run_apps(study, len(sites), num_workers, Path(run_folder))
         final = read_checkpoint(Path(run_folder), study.resolved_manifest, study_digest=study.digest, scope="federated")

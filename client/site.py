@@ -8,7 +8,7 @@ runs: this one, a forked worker, or a Ray actor.
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -16,10 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from client.data import Cohort, load_cohort
 from client.features import FeatureCache, cache_key
+from client.policy import SitePolicy
 from medfed.device import DeviceChoice, choose_device, prepare_cpu
 from medfed.errors import StudyError
 from medfed.models.pixels import PixelSpec
 from medfed.study import Name, StudyConfig
+from privacy.ledger import PrivacyLedger
+from privacy.ledger_key import read_key
+from privacy.randomness import RandomStream
 
 SITES_VARIABLE = "MEDFED_SITES"
 """Environment variable with the path of a :class:`VirtualSites` file."""
@@ -47,6 +51,11 @@ class VirtualSites(BaseModel):
         num_threads: threads of a process that serves them.
         feature_cache: folder of the encrypted feature cache; None keeps features in memory only.
         feature_key: file of its key.
+        policy: what may train; the same for all of them.
+        ledgers: folder with one privacy ledger for each site.
+        ledger_key: file of the key that signs them.
+        noise_seed: draws and noise follow from it, which protects nobody: for patients who are made up. None
+            draws from the operating system.
         sites: site of partition 0, 1, ...
     """
 
@@ -56,6 +65,10 @@ class VirtualSites(BaseModel):
     num_threads: int = Field(ge=1, default=1)
     feature_cache: Path | None = None
     feature_key: Path | None = None
+    policy: SitePolicy
+    ledgers: Path
+    ledger_key: Path
+    noise_seed: int | None
     sites: tuple[VirtualSite, ...] = Field(min_length=1)
 
 
@@ -67,14 +80,63 @@ class Site:
         manifests: its data.
         device: where it computes.
         features: its feature cache.
+        policy: what may train here.
+
+    Args:
+        name: as above, like all that is named there.
+        manifests: as above.
+        device: as above.
+        features: as above.
+        policy: as above.
+        ledger: the privacy ledger's file; made when the first private round comes.
+        ledger_key: file of the key that signs it.
+        noise_seed: None draws from the operating system, as it must be wherever a patient is real.
     """
 
-    def __init__(self, name: str, manifests: tuple[Path, ...], device: torch.device, features: FeatureCache) -> None:
+    def __init__(
+        self,
+        name: str,
+        manifests: tuple[Path, ...],
+        *,
+        device: torch.device,
+        features: FeatureCache,
+        policy: SitePolicy,
+        ledger: Path,
+        ledger_key: Path,
+        noise_seed: int | None,
+    ) -> None:
         self.name = name
         self.manifests = manifests
         self.device = device
         self.features = features
+        self.policy = policy
+        self._ledger_path = ledger
+        self._ledger_key = ledger_key
+        self._noise_seed = noise_seed
         self._cohorts: dict[str, Cohort] = {}
+
+    @cached_property
+    def ledger(self) -> PrivacyLedger:
+        """The site's privacy ledger; verified when it is opened.
+
+        Raises:
+            LedgerError: if it is not as it was signed.
+            SiteError: if its key or its files are not for the owner alone.
+        """
+        return PrivacyLedger.open(self._ledger_path, read_key(self._ledger_key))
+
+    def cohort_name(self, scope: str) -> str:
+        """The name under which a federation's training is charged.
+
+        The arms of a simulation are different worlds with the same patients; each has a budget of its own.
+        """
+        return f"{self.name}-{scope}"
+
+    def random_stream(self, scope: str, round_number: int) -> RandomStream:
+        """Where draws and noise of one round come from."""
+        if self._noise_seed is None:
+            return RandomStream.from_system()
+        return RandomStream.for_simulation(self._noise_seed, self.name, scope, round_number)
 
     def cohort(self, study: StudyConfig, pixels: PixelSpec) -> Cohort:
         """The site's cohort for a study; read and checked at the first call.
@@ -120,4 +182,16 @@ def _open_sites(path: str) -> tuple[Site, ...]:
         features = FeatureCache()
     else:
         features = FeatureCache(virtual.feature_cache, cache_key(virtual.feature_key))
-    return tuple(Site(site.name, site.manifests, device, features) for site in virtual.sites)
+    return tuple(
+        Site(
+            site.name,
+            site.manifests,
+            device=device,
+            features=features,
+            policy=virtual.policy,
+            ledger=virtual.ledgers / f"{site.name}.sqlite",
+            ledger_key=virtual.ledger_key,
+            noise_seed=virtual.noise_seed,
+        )
+        for site in virtual.sites
+    )

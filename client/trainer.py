@@ -54,16 +54,18 @@ def train_locally(
     model.load(start_P)
     model.train()
     held_P = _held(model, trainable)
-    step = _stepper(model.flat, config)
+    step = optimizer_step(model.flat, config)
     gradient_P = model.flat.grad
     assert gradient_P is not None
+    num_epochs = config.local_epochs
+    assert num_epochs is not None  # a study without it has a privacy section, and trains privately
     loss_sum = 0.0
-    for _ in range(config.local_epochs):
+    for _ in range(num_epochs):
         loss_sum = 0.0
         for indices in _batches(len(items), config, generator):
             batch = [items[i] for i in indices]
             gradient_P.zero_()
-            inputs = _inputs(batch, model, config, features, generator)
+            inputs = encoded(batch, model, config, features, generator)
             with mixed_precision(model.device):
                 losses_B = task.losses(model, inputs, task.collate([i.annotation for i in batch], model.device))
             if losses_B.requires_grad:  # not where no image of the batch holds anything to outline
@@ -75,12 +77,21 @@ def train_locally(
                 with torch.no_grad():
                     model.flat[held_P] = start_P.to(model.device)[held_P]
             loss_sum += float(losses_B.detach().sum())
+    return TrainResult(adapter_P=trained_vector(model), loss=loss_sum / len(items))
+
+
+def trained_vector(model: AdaptedModel) -> Tensor:
+    """The adapter in place after training: float32, on the CPU, finite.
+
+    Raises:
+        DivergedError: if it holds NaN or infinity.
+    """
     adapter_P = model.read()
     try:
         model.manifest.check_vector(adapter_P)
     except AdapterMismatchError as error:
         raise DivergedError(str(error)) from None
-    return TrainResult(adapter_P=adapter_P, loss=loss_sum / len(items))
+    return adapter_P
 
 
 def evaluate_locally(
@@ -113,7 +124,7 @@ def evaluate_locally(
         )
 
 
-def _stepper(flat: torch.nn.Parameter, config: TrainingConfig) -> Callable[[], object]:
+def optimizer_step(flat: torch.nn.Parameter, config: TrainingConfig) -> Callable[[], object]:
     """What takes one optimiser step on ``flat``, with fresh optimiser state."""
     if config.optimizer == "adamw":
         return torch.optim.AdamW([flat], lr=config.learning_rate, weight_decay=config.weight_decay).step
@@ -130,13 +141,14 @@ def _batches(num_items: int, config: TrainingConfig, generator: torch.Generator)
     return [order[start : start + config.batch_size] for start in range(0, num_items, config.batch_size)]
 
 
-def _inputs(
+def encoded(
     batch: Sequence[Item],
     model: AdaptedModel,
     config: TrainingConfig,
     features: FeatureCache,
     generator: torch.Generator,
 ) -> Tensor:
+    """Features of a batch after the frozen prefix: remembered ones, or of freshly augmented images."""
     if config.augmentation == "none":
         return features.batch(batch, model)
     images = [augment_intensity(as_three_channels(item.image_CHW), generator) for item in batch]

@@ -161,7 +161,7 @@ def _facts(study: StudyConfig, results: Results) -> list[tuple[str, str]]:
     update_bytes = _BYTES_PER_ELEMENT * manifest.num_elements + HEADER_BYTES
     by_size = study.strategy.weighting == "examples"
     weighed = "a site counts by its number of training images" if by_size else "every site counts the same"
-    epochs = f"{training.local_epochs} local epoch{'s' if training.local_epochs > 1 else ''}"
+    amount = _amount_of_training(study)
     decay = f", weight decay {training.weight_decay:g}" if training.weight_decay else ""
     return [
         ("Task", _task_in_words(study)),
@@ -180,12 +180,25 @@ def _facts(study: StudyConfig, results: Results) -> list[tuple[str, str]]:
         ),
         (
             "At each site",
-            f"{epochs} in batches of {training.batch_size}, {training.optimizer} with learning rate "
+            f"{amount}, {training.optimizer} with learning rate "
             f"{training.learning_rate:g}{decay}, augmentation {training.augmentation}",
         ),
         ("Aggregation", f"{study.strategy.name}; {weighed}"),
         ("Time", f"{results.wall_s:,.0f} s on one machine, all arms together"),
     ]
+
+
+def _amount_of_training(study: StudyConfig) -> str:
+    training, privacy = study.training, study.privacy
+    if privacy is None:
+        epochs = training.local_epochs
+        return f"{epochs} local epoch{'s' if epochs != 1 else ''} in batches of {training.batch_size}"
+    steps = privacy.steps_per_round
+    limit = f", at most {privacy.images_per_patient} images each" if privacy.images_per_patient else ""
+    return (
+        f"{steps} step{'s' if steps != 1 else ''} a round, each on a random {privacy.sampling_rate:.0%} of all "
+        f"{privacy.unit}s{limit}, clipped to norm {privacy.clip_norm:g}"
+    )
 
 
 def _task_in_words(study: StudyConfig) -> str:
@@ -220,7 +233,8 @@ def _not_measured(study: StudyConfig) -> list[str]:
     gaps = [
         "Confidence intervals and significance: one seed and the few held-out patients above; "
         "small differences may be chance.",
-        "Privacy: no attack was tried on the updates, and no privacy budget was spent or accounted for.",
+        "Privacy against an attacker: no attack was tried on the updates"
+        + (", and no privacy budget was spent or accounted for." if study.privacy is None else "."),
         "A real network: delays, drop-outs and sites on other hardware.",
         "Sites outside of the study, fairness between groups of patients, and benefit to any patient.",
     ]

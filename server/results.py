@@ -24,6 +24,55 @@ DECIMALS = 3
 _METRIC_NAMES = {"dice": "Dice", "balanced-accuracy": "balanced accuracy"}
 
 
+class SitePrivacy(BaseModel):
+    """What one site spent on its training patients in the federated arm, and how.
+
+    Attributes:
+        epsilon: of all its rounds composed, at ``delta``; from the site's own ledger.
+        delta: probability outside the guarantee.
+        noise_multiplier: standard deviation of the noise over the clip norm.
+        clip_norm: L2 bound of what one unit contributes to a step.
+        sampling_rate: probability with which a unit takes part in a step.
+        steps: noised steps.
+        rounds: rounds that were charged.
+        declared_units: public number of units, by which updates are divided.
+        clip_fraction: of the units drawn, how many were scaled down; None if none was drawn. Not private.
+        signal_to_noise: norm of the clipped sum over the expected norm of the noise, mean over steps. Not
+            private.
+        noise_to_signal_expected: the same the other way round, at its best, from public numbers alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    clip_norm: float
+    sampling_rate: float
+    steps: int
+    rounds: int
+    declared_units: int
+    clip_fraction: float | None
+    signal_to_noise: float | None
+    noise_to_signal_expected: float
+
+
+class PrivacyStatement(BaseModel):
+    """What is promised to patients, and what is not.
+
+    Attributes:
+        promise: unit, adjacency and where the noise is added, in plain words; empty if nothing is private.
+        warnings: what is not private, each a sentence, shown in red.
+        sites: site -> what it spent; empty if nothing is private.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    promise: str
+    warnings: tuple[str, ...]
+    sites: dict[str, SitePrivacy] = {}
+
+
 class Results(BaseModel):
     """What ``summary.json`` holds, the report shows and ``medfed simulate --json`` prints.
 
@@ -36,7 +85,7 @@ class Results(BaseModel):
         sites: site -> metric -> column -> value; what was not run or not computable is absent.
         mean: column -> mean of the primary metric over sites.
         worst_site: column -> primary metric of the site where it is lowest.
-        privacy: in plain words.
+        privacy: what is promised and what is not.
         cohort: where the images come from, in plain words.
     """
 
@@ -50,7 +99,7 @@ class Results(BaseModel):
     sites: dict[str, dict[str, dict[Column, float]]]
     mean: dict[Column, float]
     worst_site: dict[Column, float]
-    privacy: str
+    privacy: PrivacyStatement
     cohort: str
 
     @property

@@ -114,7 +114,10 @@ def _show(run: Run, console: Console) -> None:
     results, task = read_results(run.folder), stored_study(run.folder).task
     part = "structure" if task.kind == "segmentation" else "target"
     console.print(_table(results, column_labels(task.kind), part))
-    console.print(results.privacy, style="bold red", markup=False, highlight=False)
+    if results.privacy.promise:
+        console.print(results.privacy.promise, markup=False, highlight=False)
+    for warning in results.privacy.warnings:
+        console.print(warning, style="bold red", markup=False, highlight=False)
     console.print(results.cohort, markup=False, highlight=False)
     for what, place in (("report", run.folder / REPORT), ("adapter", run.folder / "adapter")):
         console.print(f"{what:<8} {place}", soft_wrap=True, markup=False, highlight=False)

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privacy.plan import PrivacyPlan, calibrated
 from pydantic import ValidationError
 
 from client.data import refuse_shared_patients
+from client.policy import Budget, SitePolicy
 from client.site import SITES_VARIABLE, Site, VirtualSite, VirtualSites, forget_sites, site_of_partition
 from medfed.device import DeviceChoice, choose_device
 from medfed.errors import CheckpointError, StudyError
@@ -24,12 +26,14 @@ from medfed.models.adapted import AdaptedModel, adapted_model
 from medfed.models.adapted import resolve as resolve_study
 from medfed.study import POOLED_SITE, StudyConfig, read_study
 from medfed.tasks import task_of
+from privacy.ledger_key import create_key
 from server.checkpoint import read_checkpoint, write_durably
 from server.report import write_report
 from server.results import Results
 from simulation.arms import Arm, arms_of
 from simulation.cohort import STATEMENT, CohortRecipe, SiteRecipe, write_cohort
 from simulation.overlays import draw_overlays
+from simulation.privacy_summary import privacy_statement
 from simulation.progress import Reporter, Silent
 from simulation.run_arms import Engine, run_arms, worker_count
 from simulation.run_folder import (
@@ -43,7 +47,7 @@ from simulation.run_folder import (
     stored_options,
     stored_study,
 )
-from simulation.summary import NO_PRIVACY, compare
+from simulation.summary import compare
 from strategies.registry import strategy_of
 
 OWN_DATA = "Images of the user's own manifests."
@@ -107,7 +111,7 @@ def simulate(
     else:
         config = read_study(Path(str(study)))
         strategy_of(config.strategy)
-        resolved = resolve_study(config, chosen)
+        resolved = resolve_study(calibrated(config), chosen)
     model = adapted_model(resolved, chosen)
 
     manifests, provenance = _manifests(resolved, reporter)
@@ -197,6 +201,11 @@ def _open_sites(folder: Path, study: StudyConfig, manifests: Mapping[str, Path],
             "device": device,
             "feature_cache": cache_folder() / "features",
             "feature_key": config_folder() / "feature-cache.key",
+            "policy": _policy(study),
+            "ledgers": folder / "ledgers",
+            "ledger_key": _ledger_key(folder / "ledgers" / "ledger.key"),
+            # Draws may be repeated where the patients are made up, and nowhere else.
+            "noise_seed": None if study.cohort is None else study.seed,
             "sites": tuple(virtual),
         }
     )
@@ -205,6 +214,21 @@ def _open_sites(folder: Path, study: StudyConfig, manifests: Mapping[str, Path],
     os.environ[SITES_VARIABLE] = str(path)
     forget_sites()
     return [site_of_partition(index) for index in range(len(virtual))]
+
+
+def _policy(study: StudyConfig) -> SitePolicy:
+    """What a virtual hospital allows: this study as it is, up to what it promises."""
+    plan = None if study.privacy is None else PrivacyPlan.of(study.privacy, num_rounds=study.rounds.num_rounds)
+    budget = None
+    if plan is not None and plan.is_private:
+        budget = Budget(epsilon=plan.epsilon.value, delta=plan.delta, unit=plan.unit)
+    return SitePolicy(approved_studies=(study.digest,), minimum_patients=1, allow_unprotected=True, budget=budget)
+
+
+def _ledger_key(path: Path) -> Path:
+    if not path.exists():
+        create_key(path)
+    return path
 
 
 def _write_results(
@@ -231,7 +255,7 @@ def _write_results(
         sites=table,
         mean=mean,
         worst_site=worst,
-        privacy=NO_PRIVACY,
+        privacy=privacy_statement(study, sites),
         cohort=provenance,
     )
     write_durably(folder / "summary.json", summary.model_dump_json(indent=2).encode())

@@ -126,8 +126,9 @@ def _images_to_go(arms: list[Arm], study: StudyConfig, folder: Path, cohorts: Ma
         rounds = range(first + 1, study.rounds.num_rounds + 1)
         evaluations = sum(1 for r in rounds if r == study.rounds.num_rounds or (every and r % every == 0))
         evaluations += 1 if state is None and arm.evaluate_initial else 0
-        total += sum(len(cohort.train) for cohort in cohorts.values())  # every node describes itself
-        total += len(rounds) * sum(len(cohorts[name].train) for name in arm.train_sites)
+        weights = {name: study.declared_units(name) or len(cohort.train) for name, cohort in cohorts.items()}
+        total += sum(weights.values())  # every node describes itself
+        total += len(rounds) * sum(weights[name] for name in arm.train_sites)
         total += evaluations * sum(len(cohorts[name].test) for name in arm.evaluate_sites)
     return total
 

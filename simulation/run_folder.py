@@ -9,6 +9,7 @@
         checkpoint.safetensors     the federated arm after its last round
         metrics.jsonl              its metrics, one JSON object per line
         arms/<scope>/              the same for every other arm
+        ledgers/                   privacy ledger of every virtual site, and the key that signs them
         adapter/                   the final adapter, a standard PEFT folder
         summary.json  report.html  figures/
 """

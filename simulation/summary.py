@@ -12,12 +12,6 @@ Metrics = Sequence[Mapping[str, Any]]
 """Lines of a ``metrics.jsonl``."""
 
 
-NO_PRIVACY = (
-    "Nothing here is private: updates are neither clipped, noised nor masked. "
-    "Right for a simulation, never for patients."
-)
-
-
 def compare(
     study: StudyConfig, metrics_of_arm: Mapping[str, Metrics], primary: str
 ) -> tuple[

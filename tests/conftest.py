@@ -16,7 +16,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from client.site import SITES_VARIABLE, forget_sites
 from medfed.study import StudyConfig
+from privacy.ledger_key import create_key
 
 torch.set_num_threads(1)
 settings.register_profile("medfed", derandomize=True, deadline=None)
@@ -92,6 +94,33 @@ def make_study(make_cohort: Callable[..., Path]) -> Callable[..., StudyConfig]:
 
 
 @pytest.fixture
+def make_private_study(make_study: Callable[..., StudyConfig]) -> Callable[..., StudyConfig]:
+    """A study of :func:`make_study` with patient-level privacy; keyword arguments replace keys of ``[privacy]``."""
+
+    def make(sites: tuple[str, ...] = ("north", "south"), **privacy: Any) -> StudyConfig:
+        plain = make_study(sites)
+        given = {
+            "trust": "site",
+            "unit": "patient",
+            "noise_multiplier": 1.0,
+            "delta": 0.01,
+            "clip_norm": 1.0,
+            "sampling_rate": 0.5,
+            "steps_per_round": 2,
+            "images_per_patient": 2,
+            "evaluation": "exact",
+            **privacy,
+        }
+        return plain.replace(
+            training={"batch_size": 2, "learning_rate": 0.01},
+            privacy={name: value for name, value in given.items() if value is not None},
+            sites=[site.model_copy(update={"declared_patients": 3}) for site in plain.sites],
+        )
+
+    return make
+
+
+@pytest.fixture
 def study_file(tmp_path: Path) -> Callable[[StudyConfig], Path]:
     """Writes a study as TOML, the part of TOML that studies need, and returns the file."""
 
@@ -112,3 +141,47 @@ def study_file(tmp_path: Path) -> Callable[[StudyConfig], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def open_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Describes virtual sites for a study to the client app, and returns the file.
+
+    They allow the study up to ``epsilon``; draws come from the operating system unless ``noise_seed`` is given.
+    """
+
+    def open_them(
+        study: StudyConfig,
+        *,
+        epsilon: float = 1e6,
+        minimum_patients: int = 1,
+        noise_seed: int | None = None,
+        **policy: object,
+    ) -> Path:
+        key = tmp_path / "ledgers" / "ledger.key"
+        if not key.exists():
+            create_key(key)
+        budget = (
+            {"epsilon": epsilon, "delta": study.privacy.delta, "unit": study.privacy.unit} if study.privacy else None
+        )
+        described = {
+            "device": "cpu",
+            "policy": {
+                "approved_studies": [study.digest],
+                "minimum_patients": minimum_patients,
+                "allow_unprotected": True,
+                "budget": budget,
+                **policy,
+            },
+            "ledgers": str(tmp_path / "ledgers"),
+            "ledger_key": str(key),
+            "noise_seed": noise_seed,
+            "sites": [{"name": site.name, "manifests": [str(site.data)]} for site in study.sites],
+        }
+        path = tmp_path / "sites.json"
+        path.write_text(json.dumps(described))
+        monkeypatch.setenv(SITES_VARIABLE, str(path))
+        forget_sites()
+        return path
+
+    return open_them

@@ -1,6 +1,5 @@
 """The client app: whatever goes wrong at a site, the server learns the kind of error and no text of it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client import serve
 from client.app import app
-from client.site import SITES_VARIABLE, forget_sites
 from medfed.errors import DataError
 from medfed.messages import RECORD_KEY, RoundInstruction, RoundReply
 from medfed.models.adapted import resolve
@@ -21,13 +19,9 @@ SECRET = "/data/patient-0042.nii.gz"
 
 
 @pytest.fixture
-def study(make_study: Callable[..., StudyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyConfig:
+def study(make_study: Callable[..., StudyConfig], open_sites: Callable[..., Path]) -> StudyConfig:
     study = resolve(make_study(("north",)), torch.device("cpu"))
-    manifest = study.sites[0].data
-    sites = tmp_path / "sites.json"
-    sites.write_text(json.dumps({"device": "cpu", "sites": [{"name": "north", "manifests": [str(manifest)]}]}))
-    monkeypatch.setenv(SITES_VARIABLE, str(sites))
-    forget_sites()
+    open_sites(study)
     return study
 
 
@@ -77,13 +71,17 @@ def test_message_that_cannot_be_read_gives_the_kind_of_error_alone(study: StudyC
         app(message=message, context=context)
 
 
-def test_study_with_another_digest_or_manifest_is_refused(study: StudyConfig) -> None:
+def test_study_with_another_digest_or_manifest_is_refused(study: StudyConfig, open_sites: Callable[..., Path]) -> None:
     instruction = RoundInstruction(study_digest="0" * 64, round=0)
     refusal = header_of(ask(study, instruction.to_fields(study=study.canonical, adapter=b""))).refusal
     assert refusal is not None
     assert refusal.kind == "StudyError"
     manifest = study.resolved_manifest
     smaller = study.with_manifest(manifest.subset(lambda name: name != manifest.tensors[0].name))
+    refusal = header_of(ask(smaller)).refusal
+    assert refusal is not None
+    assert refusal.kind == "PolicyError"  # nobody approved it
+    open_sites(smaller)
     refusal = header_of(ask(smaller)).refusal
     assert refusal is not None
     assert refusal.kind == "AdapterMismatchError"

@@ -77,7 +77,7 @@ def make_summary(scores=SEGMENTATION, *, primary="dice", columns=COLUMNS, **chan
         "sites": sites,
         "mean": {c: sum(v) / len(v) for c, v in by_column.items()},
         "worst_site": {c: min(v) for c, v in by_column.items()},
-        "privacy": PRIVACY,
+        "privacy": {"promise": "", "warnings": [PRIVACY]},
         "cohort": "anatomy from 1 real brain (MNI152 average), patients are synthetic warps",
         **changes,
     }
@@ -244,7 +244,7 @@ def test_classification_does_not_claim_zero_shot(tmp_path: Path) -> None:
 def test_hostile_text_is_shown_not_run(tmp_path: Path) -> None:
     hostile = "<script>alert('&\"')</script>"
     scores = {hostile: {"dice": (0.1, 0.2, 0.3, 0.4), f"dice/{hostile}": (0.1, 0.2, 0.3, 0.4)}}
-    summary = make_summary(scores, study=hostile, privacy=hostile, cohort=hostile)
+    summary = make_summary(scores, study=hostile, privacy={"promise": hostile, "warnings": [hostile]}, cohort=hostile)
     captions = [{"file": "one.png", "title": f'"><img src=x onerror=y>{hostile}', "caption": hostile}]
     html = render(make_run(tmp_path / "r", summary=summary, captions=captions))
     assert "<script" not in html

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 import simulation.harness
 from medfed.adapter_manifest import AdapterManifest, TensorSpec
 from medfed.study import StudyConfig
-from server.results import Results
+from server.results import PrivacyStatement, Results
 from simulation.command import app
 from simulation.harness import Run
-from simulation.summary import NO_PRIVACY
+from simulation.privacy_summary import NO_PRIVACY
 
 NUMBERS = {"zero_shot": 0.511, "local_only": 0.622, "federated": 0.733, "pooled": 0.744}
 KEYS = {"run_dir", "rounds", "wall_s", "sites", "mean", "worst_site", "privacy"}
@@ -45,7 +45,7 @@ def make_run(folder: Path, *, columns=tuple(NUMBERS), sites=("north", "south"), 
     summary = Results(
         run_dir=str(folder), study="brain", rounds=2, wall_s=3.0, primary="dice",
         sites={site: {"dice": values, "dice/putamen": values, "dice/caudate": values} for site in sites},
-        mean=values, worst_site=values, privacy=NO_PRIVACY, cohort="patients are synthetic warps",
+        mean=values, worst_site=values, privacy=PrivacyStatement(promise="", warnings=(NO_PRIVACY,)), cohort="patients are synthetic warps",
     )  # fmt: skip
     (folder / "study.json").write_bytes(study.canonical)
     (folder / "summary.json").write_text(summary.model_dump_json())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from client.policy import SitePolicy
 from client.site import Site
 from medfed.models.pixels import PixelSpec
 from medfed.study import StudyConfig
@@ -103,7 +104,16 @@ def make_site(folder: Path, name: str, *, empty_first=False, no_structure=False,
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    return Site(name, (folder / "manifest.csv",), torch.device("cpu"), StubFeatures())
+    return Site(
+        name,
+        (folder / "manifest.csv",),
+        device=torch.device("cpu"),
+        features=StubFeatures(),
+        policy=SitePolicy(approved_studies=(), minimum_patients=1, allow_unprotected=False),
+        ledger=folder / "ledger.sqlite",
+        ledger_key=folder / "ledger.key",
+        noise_seed=None,
+    )
 
 
 def draw(tmp_path: Path, study: StudyConfig, sites: list[Site], model: StubModel, adapter: float) -> list[dict]:

@@ -3,7 +3,7 @@
 import pytest
 
 from medfed.study import StudyConfig
-from server.results import COLUMNS, Results
+from server.results import COLUMNS, PrivacyStatement, Results
 from simulation.summary import compare
 
 
@@ -86,7 +86,7 @@ def test_summary_survives_its_json_with_the_documented_keys() -> None:
     sites, mean, worst = compare(make_study("a", "b"), ARMS, "dice")
     summary = Results(
         run_dir="r", study="s", rounds=2, wall_s=1.5, primary="dice", sites=sites, mean=mean,
-        worst_site=worst, privacy="none", cohort="synthetic",
+        worst_site=worst, privacy=PrivacyStatement(promise="", warnings=("none",)), cohort="synthetic",
     )  # fmt: skip
     assert Results.model_validate_json(summary.model_dump_json()) == summary
     assert {"run_dir", "rounds", "wall_s", "sites", "mean", "worst_site", "privacy"} <= set(summary.model_dump())

@@ -1,0 +1,251 @@
+"""Private local training: DP-SGD on the adapter, patient by patient (Abadi et al. 2016).
+
+Each step draws patients at random, takes each patient's mean gradient over its images, clips it as a whole,
+adds the clipped gradients up, adds noise once, and divides by the number of patients that a step is expected
+to have. A step that drew nobody is a step like any other.
+
+What is drawn, how many, and how large gradients are never leaves this file except as the result's facts, which
+are for the hospital's own ledger.
+
+Legend: B samples (views of images) at a time, P adapter parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from threading import Lock
+
+import torch
+from privacy.plan import PrivacyPlan
+from torch import Tensor
+
+from client.data import Item
+from client.features import FeatureCache
+from client.trainer import encoded, optimizer_step, trained_vector
+from medfed.models.adapted import AdaptedModel
+from medfed.study import StudyConfig, TrainingConfig
+from medfed.tasks import Task
+from privacy.clipping import ClippedSum, PatientSum
+from privacy.noise import add_gaussian
+from privacy.per_sample.engine import Batch, Engine
+from privacy.per_sample.self_check import choose_engine
+from privacy.randomness import RandomStream
+from privacy.sampling import draw_images, draw_patients
+
+Unit = Sequence[Item]
+"""All training images of one patient, or one image where the unit is a record."""
+
+
+@dataclass(frozen=True)
+class PrivateTrainResult:
+    """What private training made.
+
+    Attributes:
+        adapter_P: the local adapter, float32 on the CPU; private as the plan says.
+        facts: clip fraction and signal-to-noise, for the hospital alone: they are not private.
+    """
+
+    adapter_P: Tensor
+    facts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One view of one image of a drawn unit; ``weight`` is its share of the unit's mean."""
+
+    item: Item
+    unit: int
+    weight: float
+
+
+def units_of(items: Sequence[Item], unit: str) -> tuple[Unit, ...]:
+    """The items by unit of privacy: all images of a patient together, or each image by itself."""
+    if unit == "record":
+        return tuple((item,) for item in items)
+    ordered = sorted(items, key=lambda item: item.patient_id)
+    return tuple(tuple(images) for _, images in groupby(ordered, key=lambda item: item.patient_id))
+
+
+def train_privately(
+    model: AdaptedModel,
+    task: Task,
+    units: Sequence[Unit],
+    config: TrainingConfig,
+    plan: PrivacyPlan,
+    *,
+    engine: Engine,
+    start_P: Tensor,
+    declared_units: int,
+    features: FeatureCache,
+    stream: RandomStream,
+) -> PrivateTrainResult:
+    """One round's steps on the units of a site, starting from ``start_P``.
+
+    Guarantee: adding or removing one unit changes each step's sum by at most ``plan.clip_norm`` before noise of
+    standard deviation ``plan.noise_std``; everything else is computed from the noised sums. A plan without noise
+    (``trust = "none"``) guarantees nothing.
+
+    Args:
+        model: the adapter goes into it.
+        task: its losses.
+        units: from :func:`units_of`.
+        config: optimiser, learning rate, augmentation, and how many images are computed at a time.
+        plan: of the study; the caller has reserved its steps.
+        engine: passed the self-check, on the adapter parameters that train; the others stay as in ``start_P``.
+        start_P: the global adapter.
+        declared_units: public number of units; the expected step size is the sampling rate times this.
+        features: of the site.
+        stream: where draws and noise come from.
+
+    Raises:
+        AdapterMismatchError: if ``start_P`` does not fit.
+        PrivacyError: if a gradient is not finite.
+        DivergedError: if training ended with NaN or infinity.
+    """
+    model.load(start_P)
+    model.train()
+    step = optimizer_step(model.flat, config)
+    gradient_P = model.flat.grad
+    assert gradient_P is not None
+    columns = _columns(model, engine)
+    sums: list[PatientSum] = []
+    for _ in range(plan.steps_per_round):
+        clipped = _clipped_sum(_drawn(units, plan, stream), model, task, config, plan, engine, features, stream)
+        sums.append(clipped)
+        released_P = clipped.sum_P
+        if plan.is_private:
+            released_P = add_gaussian(released_P, noise_std=plan.noise_std, stream=stream)
+        gradient_P.zero_()
+        gradient_P[columns] = (released_P / (plan.sampling_rate * declared_units)).to(gradient_P)
+        step()
+        _put_back(model, start_P, columns)
+    return PrivateTrainResult(adapter_P=trained_vector(model), facts=_facts(sums, plan, len(columns)))
+
+
+def _drawn(units: Sequence[Unit], plan: PrivacyPlan, stream: RandomStream) -> list[_Sample]:
+    """The samples of one step, unit after unit."""
+    samples = []
+    for index in draw_patients(len(units), plan.sampling_rate, stream).tolist():
+        unit = units[index]
+        images = draw_images(len(unit), plan.images_per_patient or len(unit), stream).tolist()
+        share = 1.0 / (len(images) * plan.views)
+        samples += [_Sample(unit[image], index, share) for image in images for _ in range(plan.views)]
+    return samples
+
+
+def _clipped_sum(
+    samples: Sequence[_Sample],
+    model: AdaptedModel,
+    task: Task,
+    config: TrainingConfig,
+    plan: PrivacyPlan,
+    engine: Engine,
+    features: FeatureCache,
+    stream: RandomStream,
+) -> PatientSum:
+    names = list(engine.parameters)
+    ends = torch.tensor([parameter.numel() for parameter in engine.parameters.values()]).cumsum(0)
+    total = ClippedSum(
+        engine.num_parameters,
+        clip_norm=plan.clip_norm,
+        device=model.device,
+        names=lambda element: names[int(torch.searchsorted(ends, element, right=True))],
+    )
+    for start in range(0, len(samples), config.batch_size):
+        batch = samples[start : start + config.batch_size]
+        items = [sample.item for sample in batch]
+        generator = torch.Generator().manual_seed(int(stream.below(2**62, 1)[0]))
+        inputs = encoded(items, model, config, features, generator)
+        targets = task.stack([item.annotation for item in items], model.device)
+        gradients_BP, _ = engine.gradients((inputs, targets))
+        total.add(gradients_BP, [sample.unit for sample in batch], [sample.weight for sample in batch])
+    return total.close()
+
+
+def _columns(model: AdaptedModel, engine: Engine) -> Tensor:
+    """Elements of the flat adapter that the engine's gradient is for, in its order."""
+    ranges, start = [], 0
+    for name, parameter in model.trainable.items():
+        if name in engine.parameters:
+            ranges.append(torch.arange(start, start + parameter.numel(), device=model.device))
+        start += parameter.numel()
+    return torch.cat(ranges)
+
+
+def _put_back(model: AdaptedModel, start_P: Tensor, columns: Tensor) -> None:
+    """What does not train stays as it came, whatever the optimiser does to it (weight decay)."""
+    if len(columns) == len(model.flat):
+        return
+    with torch.no_grad():
+        trained = model.flat[columns]
+        model.flat.copy_(start_P)
+        model.flat[columns] = trained
+
+
+def _facts(sums: Sequence[PatientSum], plan: PrivacyPlan, num_parameters: int) -> dict[str, float]:
+    """Fraction of drawn units that were clipped; norm of the clipped sum over the expected norm of the noise."""
+    drawn = sum(clipped.num_patients for clipped in sums)
+    facts = {}
+    if drawn:
+        facts["clip_fraction"] = sum(clipped.num_clipped for clipped in sums) / drawn
+    if plan.is_private:
+        noise_norm = plan.noise_std * num_parameters**0.5
+        facts["signal_to_noise"] = sum(clipped.norm for clipped in sums) / len(sums) / noise_norm
+    return facts
+
+
+_engines: dict[tuple[AdaptedModel, str, tuple[str, ...]], Engine] = {}
+_choosing = Lock()
+
+
+def checked_engine(
+    model: AdaptedModel,
+    task: Task,
+    study: StudyConfig,
+    *,
+    trainable: Callable[[str], bool],
+    example: Item,
+    features: FeatureCache,
+) -> Engine:
+    """The engine for a study's adapter tensors that ``trainable`` accepts; its self-check passed in this process.
+
+    Args:
+        model: of the study.
+        task: its losses.
+        study: resolved, with a privacy section.
+        trainable: which tensors train.
+        example: any image; its sizes are used and nothing else of it.
+        features: of the site.
+
+    Raises:
+        EngineError: if no engine is right for this model; then nothing may train and nothing is spent.
+    """
+    assert study.privacy is not None
+    parameters = {name: parameter for name, parameter in model.trainable.items() if trainable(name)}
+    key = (model, study.digest, tuple(parameters))
+    with _choosing:
+        if key not in _engines:
+            _engines.clear()  # a process works for one study and one phase at a time
+            sizes = encoded([example], model, study.training, features, torch.Generator()).shape[1:]
+
+            def made_up(num_samples: int) -> Batch:
+                generator = torch.Generator().manual_seed(0)
+                inputs = torch.randn(num_samples, *sizes, generator=generator)
+                targets = task.made_up(num_samples, example.annotation, generator)
+                return inputs.to(model.device), {name: value.to(model.device) for name, value in targets.items()}
+
+            def losses(batch: Batch) -> Tensor:
+                inputs, targets = batch
+                return task.stacked_losses(model, inputs, targets)
+
+            _engines[key] = choose_engine(
+                study.privacy.engine,
+                model.module,
+                parameters,
+                losses,
+                batch_of=made_up,
+                clip_norm=study.privacy.clip_norm,
+            )
+        return _engines[key]
