@@ -17,8 +17,10 @@ def canonical_bytes(value: Any) -> bytes:
     Raises:
         ValueError: if a number is NaN or infinite, which JSON cannot carry.
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8")
+    return _canonical_text(value).encode("utf-8")
+
+
+_canonical_text = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 
 def sha256_hex(data: bytes) -> str:
