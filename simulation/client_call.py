@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import logging
 
-from simulation.flower_private import CLIENT_APP_RAISED, message_like
+from simulation.flower_private import CLIENT_APP_RAISED, Record, message_like, record_dict_like
 
 # isort: split
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 logger = logging.getLogger("medfed.simulation.grid")
@@ -90,17 +90,12 @@ def copy_records(records: RecordDict) -> RecordDict:
     """Return an equal ``RecordDict`` that shares only immutable values (scalars, text, bytes) with ``records``.
 
     Copies are shallow wherever the values are immutable, so the cost does not depend on the payload's size:
-    about 3 us for a record with one payload, 4 us per array.
+    about 2 us for a record with one payload, 4 us per array.
     """
-    twin = records.copy()
-    for name, record in records.items():
-        twin[name] = _copy_record(record)
-    return twin
+    return record_dict_like(records, {name: _copy_record(record) for name, record in records.items()})
 
 
-def _copy_record(
-    record: ArrayRecord | MetricRecord | ConfigRecord,
-) -> ArrayRecord | MetricRecord | ConfigRecord:
+def _copy_record(record: Record) -> Record:
     if isinstance(record, ArrayRecord):
         # Built anew: an Array caches its chunks as memoryviews, which can be neither pickled nor deep-copied.
         return ArrayRecord(

@@ -25,10 +25,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from itertools import count
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
-from uuid import uuid4
 
 from medfed.errors import MedfedError
 from simulation.client_call import call_client, copy_records, error_reply, isolated
@@ -133,6 +133,7 @@ class InProcessGrid(Grid):
         self._carriers: list[threading.Thread] = []
         self._ready: SimpleQueue[_Node | None] = SimpleQueue()
         self._pushed: dict[str, _Errand] = {}
+        self._message_ids = count(1)  # only drawn from in this process, where `next` is atomic
         self._lock = threading.Lock()
         self._closed = False
         self._frozen = False
@@ -334,7 +335,7 @@ class InProcessGrid(Grid):
         errands = []
         for message in messages:
             self._node(message.metadata.dst_node_id)
-            stamp(message, message_id=str(uuid4()), run_id=self._run.run_id)
+            self._number(message, run_id=self._run.run_id)
             errands.append(_Errand(isolated(message)))
         return errands
 
@@ -387,13 +388,17 @@ class InProcessGrid(Grid):
         except WorkerDiedError:
             logger.warning("worker died node_id=%d", node.node_id)
             reply = error_reply(errand.message, code=CLIENT_APP_CRASHED, reason=WORKER_DIED)
-            stamp(reply, message_id=str(uuid4()), run_id=errand.message.metadata.run_id)
         except BaseException as failure:  # ours (a fork refused, a bug): for the sender to see, not this thread
             errand.reply.set_exception(failure)
             return
         self._deliver(reply, errand)
 
+    def _number(self, message: Message, *, run_id: int) -> None:
+        """Give the message the next id of this grid."""
+        stamp(message, message_id=str(next(self._message_ids)), run_id=run_id)
+
     def _deliver(self, reply: Message, errand: _Errand) -> None:
+        self._number(reply, run_id=errand.message.metadata.run_id)
         if self._on_reply is not None:
             self._on_reply(reply)
         errand.reply.set_result(reply)
@@ -414,7 +419,6 @@ class InProcessGrid(Grid):
             run_config=dict(self._run_config),
         )
         reply = call_client(self._client_app, message, context)
-        stamp(reply, message_id=str(uuid4()), run_id=message.metadata.run_id)
         return reply, context.state
 
     def _refuse_if_closed(self) -> None:
