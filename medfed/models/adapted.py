@@ -132,11 +132,26 @@ def _attach_adapter(backbone: nn.Module, entry: Backbone, study: StudyConfig) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(study.seed, "adapter"))
         try:
-            return get_peft_model(backbone, config)
+            peft_model = get_peft_model(backbone, config)
         except ValueError as error:
             raise StudyError(
                 f"Expected an adapter that fits {study.backbone.name}, got {study.adapter.in_words}: {error}"
             ) from None
+    _call_trained_heads_directly(backbone)
+    return peft_model
+
+
+def _call_trained_heads_directly(backbone: nn.Module) -> None:
+    """Let each of PEFT's wrapped heads call its trained copy at once.
+
+    The wrapper would look for the active adapter at every call; here there is one, and it is always active.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in backbone.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            (trained_head,) = module.modules_to_save.values()
+            module.forward = trained_head.__call__
 
 
 def _lora_arguments(entry: Backbone, study: StudyConfig) -> dict[str, Any]:
