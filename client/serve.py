@@ -10,11 +10,13 @@ import logging
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from client.data import Cohort
 from client.private_round import check_engine, private_reply
 from client.site import Site
 from client.trainer import evaluate_locally, train_locally
+from medfed.adapter_manifest import AdapterManifest
 from medfed.canonical import derive_seed
 from medfed.errors import AdapterMismatchError, PolicyError, StudyError
 from medfed.messages import Fields, RoundInstruction, RoundReply, bytes_field
@@ -68,7 +70,7 @@ def _plain_reply(
 ) -> tuple[bytes, dict[str, float]]:
     """Payload and metrics of a round without privacy."""
     manifest = study.resolved_manifest
-    start_P = decode_adapter(adapter, manifest)
+    start_P = _global_adapter(adapter, manifest)
     seed = derive_seed(study.seed, "train", instruction.scope, site.name, instruction.round)
     result = train_locally(
         model,
@@ -96,7 +98,7 @@ def evaluate(instruction: RoundInstruction, fields: Fields, site: Site) -> Field
         model,
         task_of(study.task),
         cohort.test,
-        adapter_P=decode_adapter(bytes_field(fields, "adapter"), study.resolved_manifest),
+        adapter_P=_global_adapter(bytes_field(fields, "adapter"), study.resolved_manifest),
         features=site.features,
         batch_size=study.training.batch_size,
     )
@@ -137,6 +139,12 @@ def _study_and_model(instruction: RoundInstruction, fields: Fields, site: Site) 
 @lru_cache(maxsize=4)
 def _known_study(canonical: bytes, digest: str) -> StudyConfig:
     return parse_study(canonical, digest=digest)
+
+
+@lru_cache(maxsize=1)  # all virtual sites of a process start a round from the same bytes
+def _global_adapter(payload: bytes, manifest: AdapterManifest) -> Tensor:
+    """The adapter that the server sent, to be read only."""
+    return decode_adapter(payload, manifest)
 
 
 def _reply(

@@ -64,12 +64,12 @@ class Phase:
         """What :meth:`upload` gives, as the flat vector of :meth:`upload_manifest`.
 
         Raises:
-            AdapterMismatchError: if a vector does not fit ``adapter``, or a statistic is not finite.
+            AdapterMismatchError: if a vector does not fit ``adapter``. Values are looked at where it is encoded.
         """
         manifest = self.upload_manifest(adapter)
         if len(self.stats) == 1 and self.stats[0].elementwise:
             (upload_P,) = self.stats[0].fn({"adapter": before_P}, {"adapter": after_P}).values()
-            manifest.check_vector(upload_P)
+            manifest.check_form(upload_P)
             return upload_P
         return manifest.flatten(self.upload(adapter.unflatten(before_P), adapter.unflatten(after_P)))
 
