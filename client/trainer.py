@@ -69,7 +69,8 @@ def train_locally(
             with mixed_precision(model.device):
                 losses_B = task.losses(model, inputs, task.collate([i.annotation for i in batch], model.device))
             if losses_B.requires_grad:  # not where no image of the batch holds anything to outline
-                losses_B.mean().backward()  # type: ignore[no-untyped-call]
+                # The gradient of the mean, which itself nobody needs.
+                losses_B.backward(torch.full_like(losses_B, 1 / len(batch)))  # type: ignore[no-untyped-call]
             if held_P is not None:
                 gradient_P[held_P] = 0.0
             step()
