@@ -128,7 +128,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         """Returns float (B, H, W, C), contiguous."""
-        return to_channels_last(self.seq(image_B3HW.contiguous(memory_format=torch.channels_last)))
+        # As `contiguous(memory_format=torch.channels_last)`, in terms that torch can vectorise over samples.
+        strided_B3HW = image_B3HW.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        return to_channels_last(self.seq(strided_B3HW))
 
 
 class MBConv(nn.Module):

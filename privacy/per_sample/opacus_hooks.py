@@ -7,13 +7,15 @@ transformers, and silently wrong where windows, prompts or boxes are folded into
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medfed.errors import EngineError
-from privacy.per_sample.engine import Batch, Engine, one_per_sample
+from privacy.per_sample.engine import Batch, Engine, one_per_sample, own_gradients
 
 
 class OpacusHooks(Engine):
@@ -24,18 +26,14 @@ class OpacusHooks(Engine):
     def _gradients(self, batch: Batch, num_samples: int) -> tuple[Tensor, Tensor]:
         from opacus import GradSampleModule
 
-        kept = [(parameter, parameter.grad) for parameter in self.parameters.values()]
         wrapped = GradSampleModule(self.module, loss_reduction="sum", strict=False)
         try:
-            with torch.enable_grad():
+            with own_gradients(self.module), _heard_by_opacus(self.module), torch.enable_grad():
                 losses_B = one_per_sample(self.losses(batch), num_samples)
                 losses_B.sum().backward()  # type: ignore[no-untyped-call]
             rows = [getattr(parameter, "grad_sample", None) for parameter in self.parameters.values()]
         finally:
-            wrapped.remove_hooks()
-            for parameter, gradient in kept:
-                parameter.grad = gradient
-                parameter.__dict__.pop("grad_sample", None)
+            wrapped._close()
         return torch.cat([self._flat(row, num_samples) for row in zip(self.parameters, rows, strict=True)], dim=1), (
             losses_B.detach()
         )
@@ -48,3 +46,22 @@ class OpacusHooks(Engine):
         if len(total) != num_samples:
             raise EngineError(f"Expected {num_samples} gradients of {name}, got {len(total)} from Opacus.")
         return total.reshape(num_samples, -1)
+
+
+@contextmanager
+def _heard_by_opacus(module: nn.Module) -> Iterator[None]:
+    """Trainable layers in training mode, the only one in which Opacus listens; batch normalisation as it is."""
+    switched = [
+        layer
+        for layer in module.modules()
+        if not layer.training
+        and not isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        and any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+    ]
+    for layer in switched:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in switched:
+            layer.training = False

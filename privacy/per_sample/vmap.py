@@ -7,6 +7,7 @@ LoRA inside ``nn.MultiheadAttention``, gradient checkpointing.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -41,8 +42,10 @@ class Vmap(Engine):
 
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
         try:
-            # Of the kernels for attention only the plain one can be vectorised; others would loop, with a warning.
-            with sdpa_kernel(SDPBackend.MATH):
+            # Of the kernels for attention only the plain one can be vectorised. Rarer ones run sample by sample,
+            # which is right and slower, and torch says so each time.
+            with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
                 gradients, losses_B = torch.func.vmap(
                     torch.func.grad_and_value(loss_of_one), in_dims=(None, 0), randomness="different"
                 )(parameters, batch)

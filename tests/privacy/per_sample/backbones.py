@@ -8,8 +8,10 @@ Legend: B samples, M boxes of one image, N boxes of all images, C channels, H he
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,11 +56,15 @@ class Subject:
     batch_of: Callable[[int], Batch]
 
 
-def adapted(backbone: str, method: str) -> Subject:
-    """The small ``backbone`` with the adapter of ``method``, moved away from its start."""
-    entry = BACKBONES[backbone]
+def adapted(backbone: str, method: str, **changes: Any) -> Subject:
+    """The small ``backbone``, with ``changes`` to its entry, and the adapter of ``method`` moved from its start."""
+    entry = replace(BACKBONES[backbone], **changes)
     torch.manual_seed(0)
-    network = METHODS[method](entry.build().requires_grad_(False), entry)
+    with warnings.catch_warnings():
+        # PEFT warns that norms are no linear layers and that grouped convolutions do not merge, and reads an
+        # attribute of SAM that transformers gave another name.
+        warnings.simplefilter("ignore")
+        network = METHODS[method](entry.build().requires_grad_(False), entry)
     # Without dropout; otherwise in training mode, as it is used.
     network.train()
     parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
@@ -101,6 +107,10 @@ def images_with_masks(side: int, dims: int = 2) -> Callable[[int], Batch]:
             "mask": (torch.rand(2, *[side] * dims, generator=generator) > 0.5).float(),
         }
     )
+
+
+def in_double(batch_of: Callable[[int], Batch]) -> Callable[[int], Batch]:
+    return lambda count: {name: values.double() for name, values in batch_of(count).items()}
 
 
 def images_with_boxes(side: int, boxes: int = 2) -> Callable[[int], Batch]:
@@ -161,21 +171,43 @@ def lite_medsam_losses(network: Any, batch: Batch) -> Tensor:
     return mask_loss(logits_NHW, batch["mask"].flatten(0, 1)).view(num_images, num_boxes).mean(dim=1)
 
 
-def sam() -> nn.Module:
+def cached_lite_medsam_losses(network: Any, batch: Batch) -> Tensor:
+    """As above, from cached features of the first, frozen stage: how a site trains."""
+    num_images, num_boxes = batch["boxes"].shape[:2]
+    owner_N = torch.arange(num_images).repeat_interleave(num_boxes)
+    logits_NHW = network.decode(network.resume(batch["features"], 1), batch["boxes"].flatten(0, 1), owner_N)
+    return mask_loss(logits_NHW, batch["mask"].flatten(0, 1)).view(num_images, num_boxes).mean(dim=1)
+
+
+def with_features(batch_of: Callable[[int], Batch]) -> Callable[[int], Batch]:
+    """Batches of boxes with what may be features of a 64 x 64 image after one stage."""
+
+    def cached(count: int) -> Batch:
+        rows = [torch.randn(64, 64, 8, generator=generator_of(number)) for number in range(max(count, 1))]
+        batch = batch_of(count)
+        return {"features": torch.stack(rows)[:count], "boxes": batch["boxes"], "mask": batch["mask"]}
+
+    return cached
+
+
+def sam(**options: Any) -> nn.Module:
     from transformers import SamConfig, SamModel
 
-    # The default initializer_range of SamConfig is 1e-10: such a model is dead, and every engine agrees on it.
     vision = {
-        "hidden_size": 16, "output_channels": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 32,
-        "image_size": 32, "patch_size": 4, "window_size": 3, "global_attn_indexes": [1], "num_pos_feats": 4,
-        "initializer_range": 0.02,
+        "hidden_size": 16, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 32,
+        "image_size": 32, "patch_size": 4, "window_size": 3, "global_attn_indexes": [1], "num_pos_feats": 8,
     }  # fmt: skip
-    prompts = {"hidden_size": 8, "image_size": 32, "patch_size": 4, "mask_input_channels": 4}
-    decoder = {"hidden_size": 8, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 8}
+    prompts = {"hidden_size": 16, "image_size": 32, "patch_size": 4, "mask_input_channels": 4}
+    decoder = {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 8}
     config = SamConfig(
-        vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder, initializer_range=0.02
+        vision_config=vision | options, prompt_encoder_config=prompts, mask_decoder_config=decoder, **options
     )
-    network = SamModel(config)
+    return SamModel(config)
+
+
+def lively_sam() -> nn.Module:
+    """With the default initializer_range, 1e-10, the model is dead, and every engine agrees on it."""
+    network = sam(initializer_range=0.02)
     with torch.no_grad():  # relative positions and embeddings start at zero, where attention hides mistakes
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -271,12 +303,13 @@ def unetr() -> nn.Module:
 
 
 def swin_unetr() -> nn.Module:
+    """In double precision: so small, a leaky ReLU behind four normalised values turns within float32 rounding."""
     from monai.networks.nets import SwinUNETR
 
     return SwinUNETR(
-        in_channels=1, out_channels=2, feature_size=12, depths=(2, 1, 1, 1), num_heads=(2, 2, 2, 2), window_size=2,
+        in_channels=1, out_channels=2, feature_size=12, depths=(2, 1, 1, 1), num_heads=(2, 2, 2, 2), window_size=4,
         spatial_dims=2,
-    )  # fmt: skip
+    ).double()  # fmt: skip
 
 
 def segresnet(dims: int = 2) -> nn.Module:
@@ -302,6 +335,7 @@ class AttentionClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Conv2d(1, 8, 4, 4)
+        nn.init.normal_(self.embed.weight)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.head = nn.Linear(8, NUM_CLASSES)
 
@@ -332,8 +366,17 @@ BACKBONES: Mapping[str, Backbone] = {
         norms=r".*\.norm[1-4]",
         head="mask_decoder.output_hypernetworks_mlps.0",
     ),
+    "LiteMedSAM, cached": Backbone(
+        build=lite_medsam,
+        losses=cached_lite_medsam_losses,
+        batch_of=with_features(images_with_boxes(64)),
+        linears=r"image_encoder\..*\.(qkv|proj|fc1|fc2)|mask_decoder\.transformer\..*(_proj|lin1|lin2)",
+        feedforward=r".*\.(fc2|lin2)",
+        norms=r".*\.norm[1-4]",
+        head="mask_decoder.output_hypernetworks_mlps.0",
+    ),
     "SAM": Backbone(
-        build=sam,
+        build=lively_sam,
         losses=sam_losses,
         batch_of=images_with_boxes(32),
         linears=r"vision_encoder\..*\.(qkv|proj|lin1|lin2)|mask_decoder\.transformer\..*(_proj|lin1|lin2)",
@@ -403,7 +446,7 @@ BACKBONES: Mapping[str, Backbone] = {
     "SwinUNETR": Backbone(
         build=swin_unetr,
         losses=mask_losses,
-        batch_of=images_with_masks(64),
+        batch_of=in_double(images_with_masks(64)),
         linears=r"swinViT\.layers\d\..*\.(qkv|proj|linear1|linear2)",
         feedforward=r".*\.linear2",
         convs=r"decoder\d\.conv_block\..*\.conv",
@@ -546,8 +589,6 @@ class Bottleneck(nn.Module):
 
 def bottlenecks(network: nn.Module, entry: Backbone) -> nn.Module:
     """Houlsby adapters, which PEFT does not have, after the second layer of each feed-forward part."""
-    import re
-
     for name, layer in list(network.named_modules()):
         if isinstance(layer, nn.Linear) and re.fullmatch(entry.feedforward, name):
             parent, _, own = name.rpartition(".")
