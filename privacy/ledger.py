@@ -107,7 +107,7 @@ class PrivacyLedger(LedgerView):
         """
         with self._lock, _writing(self._path):
             with transaction(self._path, write=True) as connection:
-                self._catch_up(connection)
+                self._require_head(self._catch_up(connection))
                 require_one_unit(charge, cap, self._chain.spendings(charge.cohort))
                 earlier = self._chain.mechanisms(charge.cohort)
                 projected = projected_epsilon(earlier, charge.mechanism, cap)
@@ -194,6 +194,14 @@ class PrivacyLedger(LedgerView):
             raise LedgerError(
                 f"Expected a ledger {self._path} of at least {head.sequence} entries, which its head file remembers, "
                 f"got none: it was lost or removed; restore the newest copy, or count its cohorts as spent."
+            )
+
+    def _require_head(self, head: Head | None) -> None:
+        """Without a head file there may be the opening entry alone, and opening the ledger writes one."""
+        if head is None:
+            raise LedgerError(
+                f"Expected the head file {head_path(self._path)}, got none: it was removed while the ledger was in "
+                f"use; find out by whom, and open the ledger again."
             )
 
     def _next_place(self) -> tuple[int, int]:

@@ -192,7 +192,7 @@ def signed_entry(body: Body, previous_digest: bytes, key: Ed25519PrivateKey) -> 
     Raises:
         PrivacyError: if the body would be read back as another, which would end the chain for good.
     """
-    data = canonical_bytes(body.model_dump(mode="json"))
+    data = canonical_bytes(body.model_dump(mode="json", warnings=False))
     _require(read_body(data) == body, "an entry that can be read back as it was written", data)
     digest = chained_digest(previous_digest, data)
     return Entry(body.sequence, data, digest, key.sign(_SIGNED + digest))

@@ -9,13 +9,13 @@ database against head file                   meaning
 ends where the head says                     the usual case
 goes on after it, through the same entry     a crash between commit and head: the head is advanced
 ends before it, or through another entry     restored, cut off or exchanged: refused
-no head, the opening entry alone             a crash while the ledger was made: the head is written
+no head, the opening entry alone             a crash while it was made: opening it again writes the head
 no head, more entries                        the head was lost or removed: refused
 head, no entries or no database              the database was lost or removed: refused
 ===========================================  ======================================================
 
 Not detected: database and head file restored or removed together, and entries cut off that a crash kept out
-of the head. Keep a copy of the last line of ``medfed site ledger`` elsewhere to notice the first.
+of the head. Keep a copy of the digest that ``medfed site ledger`` ends with elsewhere, to notice the first.
 """
 
 from __future__ import annotations

@@ -31,6 +31,13 @@ _SCHEMA = {
     "entries_stay": f"CREATE TRIGGER entries_stay BEFORE UPDATE ON entries {_APPEND_ONLY}",
 }
 
+# Cast, so that they are bytes whatever a damaged file makes SQLite take them for.
+_ENTRIES = (
+    "SELECT sequence, coalesce(CAST(body AS BLOB), x''), coalesce(CAST(digest AS BLOB), x''), "
+    "coalesce(CAST(signature AS BLOB), x'') FROM entries"
+)
+_REPLIES = "SELECT reservation, coalesce(CAST(reply AS BLOB), x'') FROM replies"
+
 _PRAGMAS = ("synchronous=EXTRA", "fullfsync=1", "secure_delete=ON", "trusted_schema=OFF")
 """Every commit is synced, the folder too; a reply that is replaced is overwritten with zeros."""
 
@@ -100,7 +107,7 @@ def has_schema(connection: sqlite3.Connection, path: Path) -> bool:
     """
     found = dict(connection.execute("SELECT name, sql FROM sqlite_master").fetchall())
     if found and found != _SCHEMA:
-        changed = sorted(name for name in {*found, *_SCHEMA} if found.get(name) != _SCHEMA.get(name))
+        changed = sorted(str(name) for name in {*found, *_SCHEMA} if found.get(name) != _SCHEMA.get(name))
         raise LedgerError(
             f"Expected the tables and triggers of a ledger in {path}, got other ones ({', '.join(changed)}): "
             f"it is no ledger, or it was changed; train nothing with it and restore the newest true copy."
@@ -122,9 +129,8 @@ def count_entries(connection: sqlite3.Connection) -> int:
 
 def entries_from(connection: sqlite3.Connection, first: int | None) -> Generator[Entry, None, None]:
     """Entries in order of sequence, from ``first`` on; None for all of them, wherever they begin."""
-    columns = "SELECT sequence, body, digest, signature FROM entries"
     where, values = ("", ()) if first is None else (" WHERE sequence >= ?", (first,))
-    for row in connection.execute(f"{columns}{where} ORDER BY sequence", values):
+    for row in connection.execute(f"{_ENTRIES}{where} ORDER BY sequence", values):
         yield Entry(*row)
 
 
@@ -137,13 +143,13 @@ def append_entry(connection: sqlite3.Connection, entry: Entry) -> None:
 
 def stored_replies(connection: sqlite3.Connection) -> dict[int, bytes]:
     """Every stored reply, by the sequence of its reservation."""
-    return dict(connection.execute("SELECT reservation, reply FROM replies").fetchall())
+    return dict(connection.execute(_REPLIES).fetchall())
 
 
 def read_reply(connection: sqlite3.Connection, reservation: int) -> bytes | None:
     """The stored reply of a reservation."""
-    row = connection.execute("SELECT reply FROM replies WHERE reservation = ?", (reservation,)).fetchone()
-    return None if row is None else bytes(row[0])
+    row = connection.execute(f"{_REPLIES} WHERE reservation = ?", (reservation,)).fetchone()
+    return None if row is None else bytes(row[1])
 
 
 def replace_reply(connection: sqlite3.Connection, old: int | None, reservation: int, reply: bytes) -> None:

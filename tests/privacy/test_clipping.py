@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -403,6 +403,14 @@ def test_sum_over_no_parameters_is_refused(num_parameters: int) -> None:
 
 def test_result_shows_no_number_of_a_patient() -> None:
     assert not any(digits in repr(one_patient([0.125, 0.75])) for digits in ("125", "num_patients", "tensor"))
+
+
+def test_result_cannot_be_changed_and_equals_itself_only() -> None:
+    result = one_patient([0.5, 0.5])
+    with pytest.raises(FrozenInstanceError):
+        result.num_patients = 2  # type: ignore[misc]
+    assert result == result
+    assert result != one_patient([0.5, 0.5])
 
 
 @pytest.mark.gpu

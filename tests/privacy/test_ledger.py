@@ -101,9 +101,10 @@ def test_accountant_that_cannot_answer_leaves_nothing_charged(
     def refuse(*_: object) -> None:
         raise PrivacyError("no answer")
 
-    with monkeypatch.context() as patched, pytest.raises(PrivacyError, match="no answer"):
+    with monkeypatch.context() as patched:
         patched.setattr("privacy.ledger_cap.epsilon_spent", refuse)
-        ledger.reserve(make_charge(), cap)
+        with pytest.raises(PrivacyError, match="no answer"):
+            ledger.reserve(make_charge(), cap)
     assert ledger.charges("chest-2024") == ()
     ledger.reserve(make_charge(), cap)
 
@@ -357,8 +358,11 @@ def test_entries_of_another_process_are_verified_as_they_come(
     other = PrivacyLedger.open(path, key)
     for round in range(3):
         writer, reader = (ledger, other) if round % 2 else (other, ledger)
-        writer.reserve(make_charge(round), cap)
+        reservation = writer.reserve(make_charge(round), cap)
         assert steps_spent(reader) == 3 * (round + 1)
+        reader.settle(reservation, "sent", b"x", {})
+        with pytest.raises(LedgerError, match="open reservation"):
+            writer.settle(reservation, "sent", b"y", {})
     with pytest.raises(BudgetError):
         other.reserve(make_charge(9), cap)
 
@@ -411,9 +415,10 @@ def test_ledger_agrees_with_a_plain_list(
             cohort, count = details
             charge = make_charge(number, steps=count, cohort=cohort)
             if room_for(charge):
-                with pytest.MonkeyPatch.context() as patched, pytest.raises(LedgerError):
+                with pytest.MonkeyPatch.context() as patched:
                     patched.setattr("privacy.ledger.write_head", _die)
-                    ledger.reserve(charge, cap)
+                    with pytest.raises(LedgerError, match="killed"):
+                        ledger.reserve(charge, cap)
                 charged.append(charge)
                 ledger = PrivacyLedger.open(path, key)
     ledger.verify()

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medfed.canonical import canonical_bytes, sha256_hex
 from medfed.errors import LedgerError
-from privacy.ledger import PrivacyLedger
+from privacy.ledger import PrivacyLedger, Reservation
 from privacy.ledger_chain import Chain
 from privacy.ledger_entry import (
     NO_DIGEST,
@@ -139,7 +139,7 @@ SWAP = (
     "UPDATE entries SET sequence = 4 WHERE sequence = 5",
     "UPDATE entries SET sequence = 5 WHERE sequence = -1",
 )
-ROUND_1, ROUND_2, ROUND_3 = ("study 'lesions', round %d" % number for number in (1, 2, 3))
+ROUND_1, ROUND_2, ROUND_3 = (f"study 'lesions', round {number}" for number in (1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,9 @@ ROUND_1, ROUND_2, ROUND_3 = ("study 'lesions', round %d" % number for number in 
             f"stored reply of entry 4 ({ROUND_2}) as it was sent, got other bytes",
             id="reply",
         ),
-        pytest.param(sql("DELETE FROM replies"), f"reply of entry 4 ({ROUND_2}) as it was sent, got none", id="no reply"),
+        pytest.param(
+            sql("DELETE FROM replies"), f"reply of entry 4 ({ROUND_2}) as it was sent, got none", id="no reply"
+        ),
         pytest.param(
             sql("UPDATE replies SET reservation = 2"), "no stored reply for entry 2 of the ledger", id="reply moved"
         ),
@@ -252,7 +254,9 @@ def test_unreadable_settlement_is_not_taken_for_the_entry_before(
     assert "after entry 1 (opens the ledger), got entry 3: entry 2 is missing" in str(error)
 
 
-def test_what_is_before_the_change_can_still_be_looked_at(written: Path, key: Ed25519PrivateKey, tamper: Tamper) -> None:
+def test_what_is_before_the_change_can_still_be_looked_at(
+    written: Path, key: Ed25519PrivateKey, tamper: Tamper
+) -> None:
     set_body(written, tamper, 4, cheaper(written, 4), digest=True)
     chain, error = inspect_ledger(written, key.public_key())
     assert error is not None
@@ -277,7 +281,9 @@ def test_reply_that_changed_is_refused_at_every_attempt(written: Path, key: Ed25
             view.spent("chest-2024", 1e-5)
 
 
-def resign(path: Path, tamper: Tamper, key: Ed25519PrivateKey, change: Callable[[Body], Body] = lambda body: body) -> None:
+def resign(
+    path: Path, tamper: Tamper, key: Ed25519PrivateKey, change: Callable[[Body], Body] = lambda body: body
+) -> None:
     """Writes the whole chain anew with a key, its bodies changed."""
     with transaction(path, write=False) as connection:
         bodies = [read_body(entry.body) for entry in entries_from(connection, None)]
@@ -364,8 +370,12 @@ def test_entry_that_another_process_forged_stops_a_ledger_in_use(
     body = Reserved(sequence=7, time_ms=0, charge=make_charge(4, steps=1), cap=cap)
     with transaction(written, write=True) as connection:
         append_entry(connection, signed_entry(body, live._chain.last_digest, OTHER_KEY))
-    with pytest.raises(LedgerError, match="entry 7 .* to be signed"):
-        live.reserve(make_charge(5, steps=1), cap)
+    open_round = Reservation(6, make_charge(3))
+    for _ in range(2):
+        with pytest.raises(LedgerError, match="entry 7 .* to be signed"):
+            live.reserve(make_charge(5, steps=1), cap)
+        with pytest.raises(LedgerError, match="entry 7 .* to be signed"):
+            live.settle(open_round, "failed", None, {})
     tamper(written, "DELETE FROM entries WHERE sequence = 7", "INSERT INTO entries VALUES (-1, x'00', x'00', x'00')")
     with pytest.raises(LedgerError, match="Expected 6 entries .* got 7"):
         live.reserve(make_charge(5, steps=1), cap)
@@ -438,6 +448,21 @@ def test_head_file_that_is_behind_is_brought_forward(
     assert head == Head(7, ledger._chain.last_digest)
 
 
+def test_head_file_may_be_missing_only_before_the_first_charge(
+    ledger: PrivacyLedger, path: Path, key: Ed25519PrivateKey, make_charge: MakeCharge, cap: Cap
+) -> None:
+    """Before it, a crash between the making of the database and of the head file leaves just that."""
+    head_path(path).unlink()
+    LedgerView(path, key.public_key()).verify()
+    with pytest.raises(LedgerError, match="removed while the ledger was in use"):
+        ledger.reserve(make_charge(1), cap)
+    assert PrivacyLedger.open(path, key).charges("chest-2024") == ()
+    ledger.reserve(make_charge(1), cap)
+    head_path(path).unlink()
+    for said in every_way_to_read(path, key):
+        assert f"beside a ledger that ends with entry 2 ({ROUND_1}), got none" in said
+
+
 def test_exchanged_public_key_is_put_right(written: Path, key: Ed25519PrivateKey) -> None:
     public = written.with_suffix(".pub")
     right = public.read_bytes()
@@ -462,7 +487,7 @@ def test_any_flipped_byte_is_found_or_changes_nothing(written: Path, key: Ed2551
     whole = written.read_bytes()
     truth = LedgerView(written, key.public_key()).entries()
     found = 0
-    for position in range(0, len(whole), 37):
+    for position in range(0, len(whole), 61):
         for bit in (1, 128):
             changed = bytearray(whole)
             changed[position] ^= bit
