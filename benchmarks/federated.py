@@ -69,6 +69,7 @@ def run(work: Workload, num_rounds: int, num_workers: int, folder: Path) -> None
         described = {
             "device": "cpu",
             "policy": {"approved_studies": [study.digest], "minimum_patients": 1, "allow_unprotected": True},
+            "cohorts": {"federated": "federated"},
             "ledgers": run_folder,
             "ledger_key": str(Path(run_folder) / "ledger.key"),
             "noise_seed": None,

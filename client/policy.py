@@ -123,11 +123,6 @@ class SitePolicy(BaseModel):
                 f"Expected declared_patients of at most {num_units}, the true number of units, got {declared}; ask "
                 "the coordinator to correct the study."
             )
-        if study.privacy.trust != "none" and study.privacy.delta * num_units >= 1:
-            raise PolicyError(
-                f"Expected delta below 1 / {num_units} = {1 / num_units:.3g}, got {study.privacy.delta:g}: it would "
-                "allow publishing a whole patient; ask the coordinator for a smaller delta."
-            )
 
 
 def read_policy(path: Path) -> SitePolicy:

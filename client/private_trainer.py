@@ -18,7 +18,6 @@ from itertools import groupby
 from threading import Lock
 
 import torch
-from privacy.plan import PrivacyPlan
 from torch import Tensor
 
 from client.data import Item
@@ -31,6 +30,7 @@ from privacy.clipping import ClippedSum, PatientSum
 from privacy.noise import add_gaussian
 from privacy.per_sample.engine import Batch, Engine
 from privacy.per_sample.self_check import choose_engine
+from privacy.plan import PrivacyPlan
 from privacy.randomness import RandomStream
 from privacy.sampling import draw_images, draw_patients
 
@@ -153,10 +153,11 @@ def _clipped_sum(
         device=model.device,
         names=lambda element: names[int(torch.searchsorted(ends, element, right=True))],
     )
+    # One generator for the step: views, and what the stream gives afterwards, do not depend on the micro-batches.
+    generator = torch.Generator().manual_seed(int(stream.below(2**62, 1)[0]))
     for start in range(0, len(samples), config.batch_size):
         batch = samples[start : start + config.batch_size]
         items = [sample.item for sample in batch]
-        generator = torch.Generator().manual_seed(int(stream.below(2**62, 1)[0]))
         inputs = encoded(items, model, config, features, generator)
         targets = task.stack([item.annotation for item in items], model.device)
         gradients_BP, _ = engine.gradients((inputs, targets))
@@ -185,16 +186,23 @@ def _put_back(model: AdaptedModel, start_P: Tensor, columns: Tensor) -> None:
 
 
 def _facts(sums: Sequence[PatientSum], plan: PrivacyPlan, num_parameters: int) -> dict[str, float]:
-    """Fraction of drawn units that were clipped; norm of the clipped sum over the expected norm of the noise."""
+    """Fraction of drawn units that were clipped; norm of the clipped sum over the expected norm of the noise.
+
+    Both to two digits: an exact fraction would tell how many units were drawn.
+    """
     drawn = sum(clipped.num_patients for clipped in sums)
     facts = {}
     if drawn:
-        facts["clip_fraction"] = sum(clipped.num_clipped for clipped in sums) / drawn
+        facts["clip_fraction"] = round(sum(clipped.num_clipped for clipped in sums) / drawn, 2)
     if plan.is_private:
         noise_norm = plan.noise_std * num_parameters**0.5
-        facts["signal_to_noise"] = sum(clipped.norm for clipped in sums) / len(sums) / noise_norm
+        facts["signal_to_noise"] = float(f"{sum(clipped.norm for clipped in sums) / len(sums) / noise_norm:.2g}")
     return facts
 
+
+_JITTER = 0.02
+"""Standard deviation of what is added to the untrained adapter on which an engine is checked; as large as what the
+self-check adds to the tensors that train."""
 
 _engines: dict[tuple[AdaptedModel, str, tuple[str, ...]], Engine] = {}
 _choosing = Lock()
@@ -240,12 +248,20 @@ def checked_engine(
                 inputs, targets = batch
                 return task.stacked_losses(model, inputs, targets)
 
-            _engines[key] = choose_engine(
-                study.privacy.engine,
-                model.module,
-                parameters,
-                losses,
-                batch_of=made_up,
-                clip_norm=study.privacy.clip_norm,
-            )
+            in_place_P = model.read()
+            # What an earlier round left in place, diverged perhaps, decides nothing; and tensors that the phase
+            # holds are moved like the others, since behind a B of zero LoRA's A has no gradient to check.
+            jitter_P = torch.randn(model.initial_P.shape, generator=torch.Generator().manual_seed(1))
+            model.load(model.initial_P + _JITTER * jitter_P)
+            try:
+                _engines[key] = choose_engine(
+                    study.privacy.engine,
+                    model.module,
+                    parameters,
+                    losses,
+                    batch_of=made_up,
+                    clip_norm=study.privacy.clip_norm,
+                )
+            finally:
+                model.load(in_place_P)
         return _engines[key]

@@ -24,6 +24,7 @@ from medfed.models.adapted import AdaptedModel, adapted_model
 from medfed.payload import decode_adapter, encode_adapter
 from medfed.study import POOLED_SITE, StudyConfig, parse_study
 from medfed.tasks import task_of
+from privacy.plan import PrivacyPlan
 from strategies.registry import strategy_of
 from strategies.strategy import Phase
 
@@ -112,6 +113,8 @@ def _checked_cohort(study: StudyConfig, model: AdaptedModel, site: Site) -> Coho
     num_units = len(cohort.train) if study.privacy and study.privacy.unit == "record" else num_patients
     declared = study.declared_units(site.name)
     site.policy.check_cohort(study, num_patients=num_patients, num_units=num_units, declared=declared)
+    if study.privacy is not None and site.name != POOLED_SITE:  # nobody may build that one, it promises nothing
+        PrivacyPlan.of(study.privacy, study.rounds.num_rounds).check_cohort(num_units)
     return cohort
 
 
@@ -126,6 +129,7 @@ def _study_and_model(instruction: RoundInstruction, fields: Fields, site: Site) 
     study = _known_study(bytes_field(fields, "study"), instruction.study_digest)
     if site.name not in (*study.site_names, POOLED_SITE):
         raise StudyError(f"Expected a study with site {site.name!r}, got sites {', '.join(study.site_names)}.")
+    site.cohort_name(instruction.scope)
     site.policy.check_study(study)
     model = adapted_model(study, site.device)
     if model.manifest.fingerprint != study.resolved_manifest.fingerprint:

@@ -8,6 +8,7 @@ runs: this one, a forked worker, or a Ray actor.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from client.data import Cohort, load_cohort
 from client.features import FeatureCache, cache_key
 from client.policy import SitePolicy
 from medfed.device import DeviceChoice, choose_device, prepare_cpu
-from medfed.errors import StudyError
+from medfed.errors import PolicyError, StudyError
 from medfed.models.pixels import PixelSpec
 from medfed.study import Name, StudyConfig
 from privacy.ledger import PrivacyLedger
@@ -52,6 +53,8 @@ class VirtualSites(BaseModel):
         feature_cache: folder of the encrypted feature cache; None keeps features in memory only.
         feature_key: file of its key.
         policy: what may train; the same for all of them.
+        cohorts: scope -> name under which the site's ledger charges it. The arms of a simulation are different
+            worlds with the same patients; each has a budget of its own. A scope that is not here is refused.
         ledgers: folder with one privacy ledger for each site.
         ledger_key: file of the key that signs them.
         noise_seed: draws and noise follow from it, which protects nobody: for patients who are made up. None
@@ -66,6 +69,7 @@ class VirtualSites(BaseModel):
     feature_cache: Path | None = None
     feature_key: Path | None = None
     policy: SitePolicy
+    cohorts: dict[Name, Name]
     ledgers: Path
     ledger_key: Path
     noise_seed: int | None
@@ -81,6 +85,8 @@ class Site:
         device: where it computes.
         features: its feature cache.
         policy: what may train here.
+        cohorts: scope -> name of the cohort that pays for it; decided here, since a scope that the server may
+            choose would come with a new budget each time.
 
     Args:
         name: as above, like all that is named there.
@@ -101,6 +107,7 @@ class Site:
         device: torch.device,
         features: FeatureCache,
         policy: SitePolicy,
+        cohorts: Mapping[str, str],
         ledger: Path,
         ledger_key: Path,
         noise_seed: int | None,
@@ -110,6 +117,7 @@ class Site:
         self.device = device
         self.features = features
         self.policy = policy
+        self.cohorts = cohorts
         self._ledger_path = ledger
         self._ledger_key = ledger_key
         self._noise_seed = noise_seed
@@ -126,11 +134,14 @@ class Site:
         return PrivacyLedger.open(self._ledger_path, read_key(self._ledger_key))
 
     def cohort_name(self, scope: str) -> str:
-        """The name under which a federation's training is charged.
+        """The cohort that pays for a federation's training.
 
-        The arms of a simulation are different worlds with the same patients; each has a budget of its own.
+        Raises:
+            PolicyError: for a scope that this site does not serve.
         """
-        return f"{self.name}-{scope}"
+        if scope not in self.cohorts:
+            raise PolicyError(f"Expected a scope of {', '.join(self.cohorts)}, got {scope!r}; it has no cohort to pay.")
+        return self.cohorts[scope]
 
     def random_stream(self, scope: str, round_number: int) -> RandomStream:
         """Where draws and noise of one round come from."""
@@ -189,6 +200,7 @@ def _open_sites(path: str) -> tuple[Site, ...]:
             device=device,
             features=features,
             policy=virtual.policy,
+            cohorts=virtual.cohorts,
             ledger=virtual.ledgers / f"{site.name}.sqlite",
             ledger_key=virtual.ledger_key,
             noise_seed=virtual.noise_seed,

@@ -18,6 +18,8 @@ PLD  privacy loss distributions, Doroshenko et al. 2022      pessimistic discret
 Rényi accounting is 9-22 % looser and the central-limit (GDP) accountant under-reports: neither is offered. Where
 one accountant cannot answer, or the two differ by more than their errors allow, there is no answer:
 :class:`~medfed.errors.PrivacyError`. A single opinion is never reported.
+
+The accountants' libraries are imported where they are asked: a site that spends nothing does not pay for them.
 """
 
 from __future__ import annotations
@@ -30,16 +32,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from dp_accounting.pld import privacy_loss_distribution
-from opacus.accountants.analysis.prv import (
-    DiscretePRV,
-    Domain,
-    PoissonSubsampledGaussianPRV,
-    TruncatedPrivacyRandomVariable,
-    compose_heterogeneous,
-    discretize,
-)
-from opacus.accountants.analysis.rdp import compute_rdp
 
 from medfed.errors import PrivacyError
 
@@ -251,6 +243,8 @@ def _epsilon_of_runs(runs: tuple[_Run, ...], delta: float) -> Epsilon:
 
 def _pld_epsilon(runs: tuple[_Run, ...], delta: float) -> float:
     """Upper bound by pessimistic privacy loss distributions."""
+    from dp_accounting.pld import privacy_loss_distribution
+
     _extent(runs, delta)
     # Connecting the dots errs by about interval^2 per step (measured 0.95).
     total_steps = sum(steps for _, _, steps in runs)
@@ -279,6 +273,14 @@ def _prv_epsilon(runs: tuple[_Run, ...], delta: float) -> float:
     precision of long double, and warns through the process-wide filter about the orders of a bound that is
     sound at every order.
     """
+    from opacus.accountants.analysis.prv import (
+        Domain,
+        PoissonSubsampledGaussianPRV,
+        TruncatedPrivacyRandomVariable,
+        compose_heterogeneous,
+        discretize,
+    )
+
     total_steps = sum(steps for _, _, steps in runs)
     extent = _extent(runs, delta)
     # log(1 - q) is minus infinity at q = 1, and right so. Overflow and NaN would be wrong answers.
@@ -293,7 +295,7 @@ def _prv_epsilon(runs: tuple[_Run, ...], delta: float) -> float:
             )
             for noise_multiplier, sampling_rate, _ in runs
         ]
-        composed: DiscretePRV = compose_heterogeneous(
+        composed = compose_heterogeneous(
             dprvs=[discretize(prv, domain) for prv in prvs],
             num_self_compositions=[steps for _, _, steps in runs],
         )
@@ -345,6 +347,8 @@ def _extent(runs: tuple[_Run, ...], delta: float) -> float:
 
 def _renyi(noise_multiplier: float, sampling_rate: float) -> np.ndarray:
     """Rényi divergence of one step at ``RENYI_ORDERS``; infinite where z^2 leaves float64."""
+    from opacus.accountants.analysis.rdp import compute_rdp
+
     orders = list(RENYI_ORDERS)
     try:
         return np.array(compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import dp_accounting
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from medfed.errors import PrivacyError
 from medfed.study import PrivacyConfig, StudyConfig
 from privacy.accounting import Epsilon, Mechanism, calibrate_noise, epsilon_spent, is_count, is_number, require_delta
+
+if TYPE_CHECKING:
+    import dp_accounting
 
 Trust = Literal["site", "none"]
 Unit = Literal["patient", "record"]
@@ -196,6 +197,8 @@ class PrivacyPlan:
     @property
     def event(self) -> dp_accounting.DpEvent:
         """The whole study in the language of ``dp_accounting``, whose accountants can check it."""
+        import dp_accounting
+
         if not self.is_private:
             return dp_accounting.NonPrivateDpEvent()
         step = dp_accounting.PoissonSampledDpEvent(

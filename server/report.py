@@ -90,7 +90,7 @@ def write_report(folder: Path) -> Path:
         columns=[(column, labels[column]) for column in results.columns],
         rows=rows_of(results),
         decimals=DECIMALS,
-        scores_svg=draw_scores(results, labels),
+        scores_svg=draw_scores(results, labels) if results.columns else "",
         losses_svg=draw_losses([*metrics, *pooled], study.site_names, POOLED_SITE),
         has_pooled_loss=bool(pooled),
         pictures=_pictures(folder / "figures"),

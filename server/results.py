@@ -5,6 +5,7 @@ Read from ``summary.json``, which whoever ran the study wrote; the report and th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,11 @@ class SitePrivacy(BaseModel):
     clip_fraction: float | None
     signal_to_noise: float | None
     noise_to_signal_expected: float
+
+    @property
+    def epsilon_shown(self) -> str:
+        """Epsilon with two decimals, rounded up: what is shown is never below what was spent."""
+        return f"{math.ceil(round(self.epsilon * 100, 9)) / 100:.2f}"
 
 
 class PrivacyStatement(BaseModel):

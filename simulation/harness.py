@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privacy.plan import PrivacyPlan, calibrated
 from pydantic import ValidationError
 
 from client.data import refuse_shared_patients
@@ -26,7 +25,9 @@ from medfed.models.adapted import AdaptedModel, adapted_model
 from medfed.models.adapted import resolve as resolve_study
 from medfed.study import POOLED_SITE, StudyConfig, read_study
 from medfed.tasks import task_of
+from privacy.accounting import epsilon_spent
 from privacy.ledger_key import create_key
+from privacy.plan import PrivacyPlan, calibrated
 from server.checkpoint import read_checkpoint, write_durably
 from server.report import write_report
 from server.results import Results
@@ -202,6 +203,7 @@ def _open_sites(folder: Path, study: StudyConfig, manifests: Mapping[str, Path],
             "feature_cache": cache_folder() / "features",
             "feature_key": config_folder() / "feature-cache.key",
             "policy": _policy(study),
+            "cohorts": {arm.scope: arm.scope for arm in arms_of(study, baselines=True)},
             "ledgers": folder / "ledgers",
             "ledger_key": _ledger_key(folder / "ledgers" / "ledger.key"),
             # Draws may be repeated where the patients are made up, and nowhere else.
@@ -217,11 +219,15 @@ def _open_sites(folder: Path, study: StudyConfig, manifests: Mapping[str, Path],
 
 
 def _policy(study: StudyConfig) -> SitePolicy:
-    """What a virtual hospital allows: this study as it is, up to what it promises."""
+    """What a virtual hospital allows: this study as it is, and every round once more if it is interrupted.
+
+    An interrupted round is spent, and the report says so; a cap of one study alone would end the run there.
+    """
     plan = None if study.privacy is None else PrivacyPlan.of(study.privacy, num_rounds=study.rounds.num_rounds)
     budget = None
     if plan is not None and plan.is_private:
-        budget = Budget(epsilon=plan.epsilon.value, delta=plan.delta, unit=plan.unit)
+        twice = [plan.mechanism(study.rounds.num_rounds)] * 2
+        budget = Budget(epsilon=epsilon_spent(twice, plan.delta).value, delta=plan.delta, unit=plan.unit)
     return SitePolicy(approved_studies=(study.digest,), minimum_patients=1, allow_unprotected=True, budget=budget)
 
 
@@ -243,7 +249,8 @@ def _write_results(
     final = read_checkpoint(folder, study.resolved_manifest, study_digest=study.digest, scope="federated")
     assert final is not None
     model.save(folder / "adapter", final.adapter_P)
-    draw_overlays(folder / "figures", study, sites, model, final.adapter_P)
+    if study.privacy is None or study.privacy.evaluation == "exact":  # pictures show held-out patients
+        draw_overlays(folder / "figures", study, sites, model, final.adapter_P)
     task = task_of(study.task)
     table, mean, worst = compare(study, {arm.scope: metrics_of(arm.folder(folder)) for arm in arms}, task.primary)
     summary = Results(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from privacy.plan import PrivacyPlan
-
 from client.site import Site
 from medfed.study import POOLED_SITE, StudyConfig
 from privacy.ledger_chain import Spending
+from privacy.plan import PrivacyPlan
 from server.results import PrivacyStatement, SitePrivacy
 
 NO_PRIVACY = (
@@ -35,12 +34,12 @@ def privacy_statement(study: StudyConfig, sites: Sequence[Site]) -> PrivacyState
     if not plan.is_private:
         return PrivacyStatement(promise="", warnings=(NO_NOISE,))
     spent = {site.name: _site_privacy(study, site, plan) for site in sites if site.name != POOLED_SITE}
-    worst = max(fact.epsilon for fact in spent.values())
+    worst = max(spent.values(), key=lambda site: site.epsilon)
     who = {"patient": "each training patient, with all images", "record": "each training image"}[plan.unit]
     promise = (
-        f"Differential privacy for {who}: epsilon {worst:.2f} at delta {plan.delta:g} at the site that spent most, "
-        f"over all rounds, adding or removing one {plan.unit}. Every site adds the whole noise itself and trusts "
-        "nobody."
+        f"Differential privacy for {who}: epsilon {worst.epsilon_shown} at delta {plan.delta:g} at the site that "
+        f"spent most, over all rounds, adding or removing one {plan.unit}. Every site adds the whole noise itself and "
+        "trusts nobody."
     )
     warnings = [
         *([HELD_OUT] if study.privacy.evaluation == "exact" else []),

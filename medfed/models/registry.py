@@ -131,6 +131,8 @@ register_backbone(
         presets={
             "decoder-qv": _DECODER_QV,
             "decoder-attention": r"mask_decoder\.transformer\..*\.(q_proj|k_proj|v_proj|out_proj)",
+            "decoder-last-attention": r"mask_decoder\.transformer\.final_attn_token_to_image"
+            r"\.(q_proj|k_proj|v_proj|out_proj)",
             "decoder": r"mask_decoder\.(transformer\..*\.(q_proj|k_proj|v_proj|out_proj|lin1|lin2)"
             r"|output_hypernetworks_mlps\.0\.layers\.\d)",
             "encoder-last-stage": r"image_encoder\.layers\.3\.blocks\.\d\.attn\.(qkv|proj)",

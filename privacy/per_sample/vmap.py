@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_map
 from medfed.errors import EngineError
 from privacy.per_sample.engine import Batch, Engine, Losses, one_per_sample
 
+_SAMPLES_AT_A_TIME = 8
+"""More are faster by a few per cent and hold all their activations at once: 2.1 GiB for a ViT-S at 8, 7.6 at 32."""
+
 
 class Vmap(Engine):
     """Per-sample gradients by vectorising the gradient of a batch of one."""
@@ -47,7 +50,10 @@ class Vmap(Engine):
             with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 gradients, losses_B = torch.func.vmap(
-                    torch.func.grad_and_value(loss_of_one), in_dims=(None, 0), randomness="different"
+                    torch.func.grad_and_value(loss_of_one),
+                    in_dims=(None, 0),
+                    randomness="different",
+                    chunk_size=_SAMPLES_AT_A_TIME,
                 )(parameters, batch)
         except (RuntimeError, ValueError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError):

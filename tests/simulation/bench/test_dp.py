@@ -22,6 +22,7 @@ def test_private_step_costs_at_most_a_quarter_more() -> None:
 
 @pytest.mark.slow
 @pytest.mark.process
+@pytest.mark.timeout(900)  # forty seconds by itself, minutes beside other work
 def test_every_arm_runs_and_is_measured() -> None:
     rows = {row.name: row for row in measure(Scale(batch_size=2, num_blocks=12, repeats=1), Silent())}
     targets = {name: row.target for name, row in rows.items() if row.unit in ("wall ratio", "ratio")}
