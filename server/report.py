@@ -35,7 +35,7 @@ from server.results import (
 REPORT = "report.html"
 
 _BYTES_PER_ELEMENT = 4
-_PACKAGES = ("medfed", "torch", "flwr", "peft")
+_PACKAGES = ("medfed", "torch", "flwr", "peft", "opacus", "dp-accounting")
 _IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".svg": "image/svg+xml"}
 
 
@@ -160,7 +160,8 @@ def _facts(study: StudyConfig, results: Results) -> list[tuple[str, str]]:
     training, adapter = study.training, study.adapter
     update_bytes = _BYTES_PER_ELEMENT * manifest.num_elements + HEADER_BYTES
     by_size = study.strategy.weighting == "examples"
-    weighed = "a site counts by its number of training images" if by_size else "every site counts the same"
+    size = "number of training images" if study.privacy is None else "declared size"
+    weighed = f"a site counts by its {size}" if by_size else "every site counts the same"
     amount = _amount_of_training(study)
     decay = f", weight decay {training.weight_decay:g}" if training.weight_decay else ""
     return [
@@ -194,7 +195,8 @@ def _amount_of_training(study: StudyConfig) -> str:
         epochs = training.local_epochs
         return f"{epochs} local epoch{'s' if epochs != 1 else ''} in batches of {training.batch_size}"
     steps = privacy.steps_per_round
-    limit = f", at most {privacy.images_per_patient} images each" if privacy.images_per_patient else ""
+    images = privacy.images_per_patient
+    limit = f", at most {images} image{'s' if images != 1 else ''} each" if images else ""
     return (
         f"{steps} step{'s' if steps != 1 else ''} a round, each on a random {privacy.sampling_rate:.0%} of all "
         f"{privacy.unit}s{limit}, clipped to norm {privacy.clip_norm:g}"

@@ -249,6 +249,8 @@ def test_patient_may_continue_but_not_come_back() -> None:
     "batches",
     [
         pytest.param([[0, 1, 0]], id="in one micro-batch"),
+        pytest.param([[0, 0, 1, 0]], id="after two samples of one patient"),
+        pytest.param([[0], [0, 1, 0]], id="after a sample that continues the last micro-batch"),
         pytest.param([[0, 1], [0]], id="in the next"),
         pytest.param([[0], [1], [0]], id="first and last"),
         pytest.param([[0], [1], [2, 2, 3], [4, 1]], id="in the middle"),

@@ -73,6 +73,7 @@ NOTHING_PRIVATE = plan(trust="none", noise_multiplier=0.0)
         ({"noise_multiplier": None}, "noise_multiplier >= 0, got None"),
         ({"noise_multiplier": 0.0}, "Expected noise_multiplier > 0 with trust 'site', got 0, which protects nobody"),
         ({"trust": "none"}, "Expected noise_multiplier 0 with trust 'none', got 1.2; remove it, or set trust 'site'"),
+        ({"trust": "none", "noise_multiplier": 1e-6}, "Expected noise_multiplier 0 with trust 'none', got 1e-06"),
         ({"delta": 0.0}, r"Expected delta in \(0, 1\), got 0.0"),
         ({"delta": 1.0}, r"Expected delta in \(0, 1\), got 1.0"),
         ({"steps_per_round": 0}, "Expected steps_per_round as an integer >= 1, got 0; give a whole number"),
@@ -111,6 +112,15 @@ def test_adjacency_is_stated_and_is_no_choice() -> None:
 def test_noise_is_the_multiplier_times_the_clip_norm() -> None:
     assert plan().noise_std == pytest.approx(0.6)
     assert NOTHING_PRIVATE.noise_std == 0.0
+
+
+@pytest.mark.parametrize("noise_multiplier", [1e-6, 0.5, 1.0, 1.5])
+def test_any_noise_makes_a_plan_private_and_its_delta_checked(noise_multiplier: float) -> None:
+    private = plan(noise_multiplier=noise_multiplier, delta=1e-3)
+    assert private.is_private
+    with pytest.raises(PrivacyError, match="Expected delta below 1/1000"):
+        private.check_cohort(1000)
+    assert not NOTHING_PRIVATE.is_private
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 7, 10])
@@ -226,6 +236,7 @@ def test_noise_to_signal_is_the_ratio_of_the_norms() -> None:
     assert predicted == pytest.approx(24.0)
     assert predicted == pytest.approx(np.linalg.norm(noise_P) / largest_signal, rel=0.03)
     assert NOTHING_PRIVATE.noise_to_signal(num_units, num_parameters) == 0.0
+    assert plan().noise_to_signal(1, 1) == pytest.approx(12.0)
 
 
 @pytest.mark.parametrize(("num_units", "num_parameters"), [(0, 5), (5, 0), (2.0, 5), (5, True)])

@@ -240,11 +240,12 @@ def test_report_states_what_each_site_promises_and_spent(
     study = make_private_study(noise_multiplier=0.8, sampling_rate=0.75, clip_norm=0.002, evaluation="withheld")
     run = simulate(study_file(study), out=tmp_path / "runs", workers=0, baselines=False)
     text = text_of(run)
-    worst = max(spent.epsilon for spent in run.summary.privacy.sites.values())
-    assert f"Differential privacy for each training patient, with all images: epsilon {worst:.2f} at delta 0.01" in text
+    worst = max(run.summary.privacy.sites.values(), key=lambda spent: spent.epsilon)
+    promise = "Differential privacy for each training patient, with all images: epsilon"
+    assert f"{promise} {worst.epsilon_shown} at delta 0.01" in text
     assert "adding or removing one patient" in text
     assert "Unit: patient; adjacency: add or remove one patient." in text
-    columns = "site epsilon delta noise multiplier sampling rate steps clip norm clip fraction signal to noise"
+    columns = "site epsilon delta noise multiplier sampling rate steps rounds clip norm clip fraction signal to noise"
     assert columns in text
     for site, spent in run.summary.privacy.sites.items():
         assert spent.clip_fraction is not None
@@ -252,7 +253,7 @@ def test_report_states_what_each_site_promises_and_spent(
         assert 0 <= spent.clip_fraction <= 1
         assert 0 < spent.signal_to_noise < 10
         row = (
-            f"{site} {spent.epsilon:.2f} 0.01 0.8 0.75 4 in 2 rounds 0.002 {100 * spent.clip_fraction:.0f} % "
+            f"{site} {spent.epsilon_shown} 0.01 0.8 0.75 4 2 0.002 {100 * spent.clip_fraction:.0f} % "
             f"{spent.signal_to_noise:.3g}"
         )
         assert row in text
