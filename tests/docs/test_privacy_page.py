@@ -26,3 +26,13 @@ def test_utility_is_what_the_command_printed() -> None:
             for part in values.values():
                 shown = f"{part['mean']:.3f} ({part['smallest']:.3f}-{part['largest']:.3f})"
                 assert shown in rows[label], (label, shown)
+
+
+def test_costs_are_what_the_command_printed() -> None:
+    result = json.loads((ROOT / "docs/results/dp.json").read_text())
+    (table,) = re.findall(r"<!--results:dp-->(.*?)<!--/results-->", PAGE, re.DOTALL)
+    shown = [float(row.split("|")[2]) for row in table.strip().splitlines()[2:]]
+    printed = [row["value"] for row in result["rows"] if row["unit"] in ("wall ratio", "ratio")]
+    assert len(shown) == 6
+    assert all(any(abs(value - number) <= 0.051 for number in printed) for value in shown)
+    assert all(row["holds"] for row in result["rows"])
