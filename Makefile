@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt requirements-weights.txt
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: setup setup-ray demo test test-fast check bench clean help
+.PHONY: setup setup-ray demo test test-fast check mutate bench clean help
 
 help: ## Show what can be made.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -43,8 +43,13 @@ check: setup ## Lint, format, types, layers, packaging.
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/packaging
 
-bench: setup ## Engine benchmark beside a plain loop.
-	$(BIN)/python benchmarks/engine.py
+mutate: setup ## Whether the tests of privacy/ notice changes to it: takes hours; MUTANTS='privacy.noise*' for a part.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,mutate]'
+	$(BIN)/python -P tests/mutation.py run $(MUTANTS)
+	$(BIN)/python -P tests/mutation.py results
+
+bench: setup ## Federated engine beside a plain loop, private steps beside non-private ones.
+	@$(BIN)/python benchmarks/engine.py; engine=$$?; $(BIN)/medfed bench dp && exit $$engine
 
 clean: ## Remove the environment and all caches of the tools.
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis mutants

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 
-from privacy.plan import PrivacyPlan
 from torch import Tensor
 
 from client.private_trainer import checked_engine, train_privately, units_of
@@ -23,6 +22,7 @@ from medfed.study import StudyConfig
 from medfed.tasks import task_of
 from privacy.ledger_entry import Charge
 from privacy.per_sample.engine import Engine
+from privacy.plan import PrivacyPlan
 from strategies.strategy import Phase
 
 _log = logging.getLogger("medfed.client.private_round")

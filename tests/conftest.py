@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from client.site import SITES_VARIABLE, forget_sites
 from medfed.study import StudyConfig
@@ -22,6 +22,7 @@ from privacy.ledger_key import create_key
 
 torch.set_num_threads(1)
 settings.register_profile("medfed", derandomize=True, deadline=None)
+settings.register_profile("mutation", settings.get_profile("medfed"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("medfed")
 
 
