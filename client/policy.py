@@ -1,7 +1,7 @@
 """The hospital's own rules: what may train on its patients, whatever a study says.
 
 A policy is a TOML file that the hospital writes and nobody sends. What it does not allow is refused before
-data is read; what it leaves out does not exist: every key is required but those with ``None``, and an unknown
+anything trains; what it leaves out does not exist: every key is required but those with ``None``, and an unknown
 key is an error.
 
 ::
@@ -25,10 +25,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medfed.errors import PolicyError, SiteError
-from medfed.study import StudyConfig
+from medfed.study import Digest, StudyConfig
 from privacy.ledger_entry import Cap
-
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Budget(BaseModel):
@@ -99,11 +97,10 @@ class SitePolicy(BaseModel):
                 f"{privacy.unit}; ask its coordinator for unit = {self.budget.unit!r}."
             )
 
-    def check_cohort(self, study: StudyConfig, *, num_patients: int, num_units: int, declared: int | None) -> None:
+    def check_cohort(self, *, num_patients: int, num_units: int, declared: int | None) -> None:
         """Refuse a cohort that is too small for the policy or for what the study says of it.
 
         Args:
-            study: approved.
             num_patients: training patients.
             num_units: units of the study's privacy: patients or records.
             declared: public number of units; None for studies without privacy.
@@ -116,9 +113,7 @@ class SitePolicy(BaseModel):
                 f"Expected at least {self.minimum_patients} training patients, got {num_patients}; add patients, or "
                 "lower minimum_patients."
             )
-        if study.privacy is None or declared is None:
-            return
-        if declared > num_units:
+        if declared is not None and declared > num_units:
             raise PolicyError(
                 f"Expected declared_patients of at most {num_units}, the true number of units, got {declared}; ask "
                 "the coordinator to correct the study."

@@ -52,7 +52,7 @@ def private_reply(
     start_P = decode_adapter(adapter, manifest)
     plan = PrivacyPlan.of(study.privacy, num_rounds=study.rounds.num_rounds)
     if not plan.is_private:
-        after_P, _ = _trained(instruction, start_P, study, model, phase, site, plan)
+        after_P, _ = _trained(instruction, start_P, study, model, engine_for(study, model, phase, site), site, plan)
         return _payload(phase, study, start_P, after_P)
 
     cohort, ledger = site.cohort_name(instruction.scope), site.ledger
@@ -60,7 +60,7 @@ def private_reply(
     if (stored := ledger.stored_reply(cohort, request)) is not None:
         _log.info("event=sent_again round=%d", instruction.round)
         return stored
-    _engine(study, model, phase, site)
+    engine = engine_for(study, model, phase, site)
     assert site.policy.budget is not None  # the policy refused the study otherwise
     charge = Charge(
         cohort=cohort,
@@ -77,7 +77,7 @@ def private_reply(
     )
     reservation = ledger.reserve(charge, site.policy.budget.cap)
     try:
-        after_P, facts = _trained(instruction, start_P, study, model, phase, site, plan)
+        after_P, facts = _trained(instruction, start_P, study, model, engine, site, plan)
         payload = _payload(phase, study, start_P, after_P)
     except BaseException:
         ledger.settle(reservation, "failed", None, {})
@@ -86,16 +86,12 @@ def private_reply(
     return payload
 
 
-def check_engine(study: StudyConfig, model: AdaptedModel, phase: Phase, site: Site) -> None:
-    """Make sure, before the study begins, that per-patient gradients can be right at this site.
+def engine_for(study: StudyConfig, model: AdaptedModel, phase: Phase, site: Site) -> Engine:
+    """The engine that passed its self-check on this site's model, for what the phase trains.
 
     Raises:
-        EngineError: if they cannot.
+        EngineError: if per-patient gradients cannot be right here.
     """
-    _engine(study, model, phase, site)
-
-
-def _engine(study: StudyConfig, model: AdaptedModel, phase: Phase, site: Site) -> Engine:
     items = site.cohort(study, model.pixels).train
     return checked_engine(
         model,
@@ -112,7 +108,7 @@ def _trained(
     start_P: Tensor,
     study: StudyConfig,
     model: AdaptedModel,
-    phase: Phase,
+    engine: Engine,
     site: Site,
     plan: PrivacyPlan,
 ) -> tuple[Tensor, dict[str, float]]:
@@ -124,7 +120,7 @@ def _trained(
         units_of(site.cohort(study, model.pixels).train, plan.unit),
         study.training,
         plan,
-        engine=_engine(study, model, phase, site),
+        engine=engine,
         start_P=start_P,
         declared_units=declared,
         features=site.features,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from client.data import Item
 from client.features import FeatureCache
-from client.trainer import encoded, optimizer_step, trained_vector
+from client.trainer import encoded, held_elements, optimizer_step, put_back, trained_vector
 from medfed.models.adapted import AdaptedModel
 from medfed.study import StudyConfig, TrainingConfig
 from medfed.tasks import Task
@@ -109,7 +109,8 @@ def train_privately(
     step = optimizer_step(model.flat, config)
     gradient_P = model.flat.grad
     assert gradient_P is not None
-    columns = _columns(model, engine)
+    held_P = held_elements(model, engine.parameters.__contains__)
+    trained_P = slice(None) if held_P is None else ~held_P
     sums: list[PatientSum] = []
     for _ in range(plan.steps_per_round):
         clipped = _clipped_sum(_drawn(units, plan, stream), model, task, config, plan, engine, features, stream)
@@ -118,10 +119,10 @@ def train_privately(
         if plan.is_private:
             released_P = add_gaussian(released_P, noise_std=plan.noise_std, stream=stream)
         gradient_P.zero_()
-        gradient_P[columns] = (released_P / (plan.sampling_rate * declared_units)).to(gradient_P)
+        gradient_P[trained_P] = (released_P / (plan.sampling_rate * declared_units)).to(gradient_P)
         step()
-        _put_back(model, start_P, columns)
-    return PrivateTrainResult(adapter_P=trained_vector(model), facts=_facts(sums, plan, len(columns)))
+        put_back(model, start_P, held_P)
+    return PrivateTrainResult(adapter_P=trained_vector(model), facts=_facts(sums, plan, engine.num_parameters))
 
 
 def _drawn(units: Sequence[Unit], plan: PrivacyPlan, stream: RandomStream) -> list[_Sample]:
@@ -145,13 +146,11 @@ def _clipped_sum(
     features: FeatureCache,
     stream: RandomStream,
 ) -> PatientSum:
-    names = list(engine.parameters)
-    ends = torch.tensor([parameter.numel() for parameter in engine.parameters.values()]).cumsum(0)
     total = ClippedSum(
         engine.num_parameters,
         clip_norm=plan.clip_norm,
         device=model.device,
-        names=lambda element: names[int(torch.searchsorted(ends, element, right=True))],
+        names=lambda element: model.manifest.subset(engine.parameters.__contains__).name_at(element),
     )
     # One generator for the step: views, and what the stream gives afterwards, do not depend on the micro-batches.
     generator = torch.Generator().manual_seed(int(stream.below(2**62, 1)[0]))
@@ -163,26 +162,6 @@ def _clipped_sum(
         gradients_BP, _ = engine.gradients((inputs, targets))
         total.add(gradients_BP, [sample.unit for sample in batch], [sample.weight for sample in batch])
     return total.close()
-
-
-def _columns(model: AdaptedModel, engine: Engine) -> Tensor:
-    """Elements of the flat adapter that the engine's gradient is for, in its order."""
-    ranges, start = [], 0
-    for name, parameter in model.trainable.items():
-        if name in engine.parameters:
-            ranges.append(torch.arange(start, start + parameter.numel(), device=model.device))
-        start += parameter.numel()
-    return torch.cat(ranges)
-
-
-def _put_back(model: AdaptedModel, start_P: Tensor, columns: Tensor) -> None:
-    """What does not train stays as it came, whatever the optimiser does to it (weight decay)."""
-    if len(columns) == len(model.flat):
-        return
-    with torch.no_grad():
-        trained = model.flat[columns]
-        model.flat.copy_(start_P)
-        model.flat[columns] = trained
 
 
 def _facts(sums: Sequence[PatientSum], plan: PrivacyPlan, num_parameters: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from client.data import Cohort
-from client.private_round import check_engine, private_reply
+from client.private_round import engine_for, private_reply
 from client.site import Site
 from client.trainer import evaluate_locally, train_locally
 from medfed.adapter_manifest import AdapterManifest
@@ -44,7 +44,7 @@ def describe(instruction: RoundInstruction, fields: Fields, site: Site) -> Field
     for item in cohort.test:
         site.features.features_of(item, model)
     if study.privacy is not None:
-        check_engine(study, model, strategy_of(study.strategy).plan(1), site)
+        engine_for(study, model, strategy_of(study.strategy).plan(1), site)
     return _reply(instruction, site, num_examples=_weight(study, cohort, site)).to_fields()
 
 
@@ -90,7 +90,7 @@ def _plain_reply(
 def evaluate(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
     """Evaluate an adapter on the site's held-out patients; reply with metrics."""
     study, model = _study_and_model(instruction, fields, site)
-    if study.privacy is not None and study.privacy.evaluation == "withheld":
+    if study.withholds_evaluation:
         raise PolicyError(
             f"Expected no evaluation of {study.name!r}, which withholds metrics of held-out patients, got a request."
         )
@@ -112,7 +112,7 @@ def _checked_cohort(study: StudyConfig, model: AdaptedModel, site: Site) -> Coho
     num_patients = len({item.patient_id for item in cohort.train})
     num_units = len(cohort.train) if study.privacy and study.privacy.unit == "record" else num_patients
     declared = study.declared_units(site.name)
-    site.policy.check_cohort(study, num_patients=num_patients, num_units=num_units, declared=declared)
+    site.policy.check_cohort(num_patients=num_patients, num_units=num_units, declared=declared)
     if study.privacy is not None and site.name != POOLED_SITE:  # nobody may build that one, it promises nothing
         PrivacyPlan.of(study.privacy, study.rounds.num_rounds).check_cohort(num_units)
     return cohort

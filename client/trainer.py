@@ -53,7 +53,7 @@ def train_locally(
     """
     model.load(start_P)
     model.train()
-    held_P = _held(model, trainable)
+    held_P = held_elements(model, trainable)
     step = optimizer_step(model.flat, config)
     gradient_P = model.flat.grad
     assert gradient_P is not None
@@ -74,9 +74,7 @@ def train_locally(
             if held_P is not None:
                 gradient_P[held_P] = 0.0
             step()
-            if held_P is not None:
-                with torch.no_grad():
-                    model.flat[held_P] = start_P.to(model.device)[held_P]
+            put_back(model, start_P, held_P)
             loss_sum += float(losses_B.detach().sum())
     return TrainResult(adapter_P=trained_vector(model), loss=loss_sum / len(items))
 
@@ -167,8 +165,8 @@ def augment_intensity(image_CHW: Tensor, generator: torch.Generator) -> Tensor:
     return augmented_CHW
 
 
-def _held(model: AdaptedModel, trainable: Callable[[str], bool]) -> Tensor | None:
-    """Mask of the elements that must not move, or None if all may."""
+def held_elements(model: AdaptedModel, trainable: Callable[[str], bool]) -> Tensor | None:
+    """Mask of the elements of the flat adapter that must not move, or None if all may."""
     specs = model.manifest.tensors
     held = [not trainable(spec.name) for spec in specs]
     if all(held):
@@ -177,3 +175,10 @@ def _held(model: AdaptedModel, trainable: Callable[[str], bool]) -> Tensor | Non
         return None
     pieces = [torch.full((spec.num_elements,), is_held) for spec, is_held in zip(specs, held, strict=True)]
     return torch.cat(pieces).to(model.device)
+
+
+def put_back(model: AdaptedModel, start_P: Tensor, held_P: Tensor | None) -> None:
+    """What does not train stays as it came, whatever the optimiser does to it (weight decay)."""
+    if held_P is not None:
+        with torch.no_grad():
+            model.flat[held_P] = start_P.to(model.device)[held_P]

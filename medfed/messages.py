@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medfed.errors import MedfedError, MessageError
-from medfed.study import Name
+from medfed.study import Digest, Name
 
 RECORD_KEY = "medfed"
 """The only record in a message of ours."""
@@ -56,7 +56,7 @@ class RoundInstruction(_Header):
             of what seeds the data order.
     """
 
-    study_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    study_digest: Digest
     round: Annotated[int, Field(ge=0)]
     attempt: Annotated[int, Field(ge=1)] = 1
     scope: Name = "federated"
@@ -99,7 +99,7 @@ class RoundReply(_Header):
     """
 
     site: Name
-    study_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    study_digest: Digest
     round: Annotated[int, Field(ge=0)]
     attempt: Annotated[int, Field(ge=1)]
     num_examples: Annotated[int, Field(ge=0, le=10**9)] = 0

@@ -25,6 +25,9 @@ from medfed.errors import StudyError
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 """Lower-case letters, digits, hyphen and underscore: safe in file names, CSV columns and message headers."""
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""SHA-256, hexadecimal."""
+
 POOLED_SITE = "pooled"
 """Name of the virtual site that holds all data in simulations: the upper bound, illegal to build."""
 
@@ -42,7 +45,7 @@ class BackboneConfig(_Section):
     """
 
     name: Name
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Digest
 
 
 class LoraAdapterConfig(_Section):
@@ -379,6 +382,11 @@ class StudyConfig(_Section):
             if site_name in (site.name, POOLED_SITE)
         ]
         return sum(declared)
+
+    @property
+    def withholds_evaluation(self) -> bool:
+        """Whether metrics of held-out patients never leave a site."""
+        return self.privacy is not None and self.privacy.evaluation == "withheld"
 
     @property
     def quorum(self) -> int:

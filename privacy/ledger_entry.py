@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from medfed.canonical import canonical_bytes
 from medfed.errors import PrivacyError
+from medfed.study import Digest
 from privacy.accounting import Mechanism
 
 Unit = Literal["patient", "record"]
@@ -36,7 +37,6 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FACT = re.compile(r"[a-z][a-z0-9_]{0,62}")
 
-_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _EXACT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -135,8 +135,8 @@ class Opened(_Body):
 
     kind: Literal["open"] = "open"
     version: Literal[1] = 1
-    public_key: _Digest
-    nonce: _Digest
+    public_key: Digest
+    nonce: Digest
 
 
 class Reserved(_Body):
@@ -160,7 +160,7 @@ class Settled(_Body):
     kind: Literal["settle"] = "settle"
     reservation: int
     outcome: Outcome
-    reply_digest: _Digest | None
+    reply_digest: Digest | None
     facts: dict[str, float]
 
 

@@ -155,8 +155,7 @@ class _Loop:
         Raises:
             RoundError: if one of them did not evaluate: a mean over fewer sites would be another number.
         """
-        withheld = self._study.privacy is not None and self._study.privacy.evaluation == "withheld"
-        if withheld or not self._federation.evaluate_sites:
+        if self._study.withholds_evaluation or not self._federation.evaluate_sites:
             return state
         payload = encode_adapter(state.adapter_P, self._study.resolved_manifest)
         sites = self._federation.evaluate_sites

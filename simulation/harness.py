@@ -249,7 +249,7 @@ def _write_results(
     final = read_checkpoint(folder, study.resolved_manifest, study_digest=study.digest, scope="federated")
     assert final is not None
     model.save(folder / "adapter", final.adapter_P)
-    if study.privacy is None or study.privacy.evaluation == "exact":  # pictures show held-out patients
+    if not study.withholds_evaluation:  # pictures show held-out patients
         draw_overlays(folder / "figures", study, sites, model, final.adapter_P)
     task = task_of(study.task)
     table, mean, worst = compare(study, {arm.scope: metrics_of(arm.folder(folder)) for arm in arms}, task.primary)

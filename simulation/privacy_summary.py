@@ -42,7 +42,7 @@ def privacy_statement(study: StudyConfig, sites: Sequence[Site]) -> PrivacyState
         "trusts nobody."
     )
     warnings = [
-        *([HELD_OUT] if study.privacy.evaluation == "exact" else []),
+        *([] if study.withholds_evaluation else [HELD_OUT]),
         *([SEEDED] if study.cohort is not None else []),
     ]
     return PrivacyStatement(promise=promise, warnings=tuple(warnings), sites=spent)

@@ -126,7 +126,7 @@ def _images_to_go(arms: list[Arm], study: StudyConfig, folder: Path, cohorts: Ma
         rounds = range(first + 1, study.rounds.num_rounds + 1)
         evaluations = sum(1 for r in rounds if r == study.rounds.num_rounds or (every and r % every == 0))
         evaluations += 1 if state is None and arm.evaluate_initial else 0
-        if study.privacy is not None and study.privacy.evaluation == "withheld":
+        if study.withholds_evaluation:
             evaluations = 0
         weights = {name: study.declared_units(name) or len(cohort.train) for name, cohort in cohorts.items()}
         total += sum(weights.values())  # every node describes itself

@@ -31,7 +31,7 @@ def policy(*studies: StudyConfig, **changes: Any) -> SitePolicy:
 def test_an_approved_study_on_a_large_enough_cohort_may_train(private: StudyConfig) -> None:
     allowed = policy(private)
     allowed.check_study(private)
-    allowed.check_cohort(private, num_patients=3, num_units=3, declared=3)
+    allowed.check_cohort(num_patients=3, num_units=3, declared=3)
 
 
 def test_a_study_that_was_changed_after_approval_is_refused_with_its_digest(private: StudyConfig) -> None:
@@ -80,7 +80,7 @@ def test_a_cohort_that_is_too_small_for_what_is_promised_is_refused(
     private: StudyConfig, sizes: dict[str, int], message: str
 ) -> None:
     with pytest.raises(PolicyError, match=message):
-        policy(private).check_cohort(private, **sizes)
+        policy(private).check_cohort(**sizes)
 
 
 def test_a_policy_is_read_from_toml(private: StudyConfig, tmp_path: Path) -> None:
