@@ -20,6 +20,7 @@
     +-- BudgetError                 exit 13  a charge that would pass the cap of a cohort
     +-- LedgerError                 exit 14  a privacy ledger that was changed, lost or cannot be written
     +-- PolicyError                 exit 15  something that the site's policy does not allow
+    +-- SecureAggregationError      exit 16  a step of secure aggregation that may not or cannot be taken
 
 A message says what was expected, what was got and what to do. It is shown to the person in front of the
 process that raised it and is never sent over the network: it may name files. What travels is the name of
@@ -157,3 +158,10 @@ class PolicyError(MedfedError):
 
     exit_code = 15
     public = "the site's policy does not allow it"
+
+
+class SecureAggregationError(MedfedError):
+    """A message of secure aggregation that is not as agreed, or a step that could open a single site's update."""
+
+    exit_code = 16
+    public = "the site refused a step of secure aggregation"

@@ -1,0 +1,155 @@
+"""Who a site is to the other sites: a signing key and a box key, both from one secret that never leaves the site.
+
+The public halves stand in the study, which every hospital approves before anything runs: that is how each site
+knows the others' keys without believing the server.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from medfed.errors import SecureAggregationError, SiteError
+from privacy.durable_file import make_private_folder, sync_folder
+from privacy.secure_aggregation.framing import labelled
+
+SECRET_BYTES = 32
+KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+
+_RAW = (serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A site as the others know it.
+
+    Attributes:
+        site: its name in the study.
+        signing_key: Ed25519 public key, 32 bytes.
+        box_key: X25519 public key, 32 bytes.
+
+    Raises:
+        SecureAggregationError: if a key does not have 32 bytes.
+    """
+
+    site: str
+    signing_key: bytes
+    box_key: bytes
+
+    def __post_init__(self) -> None:
+        for what, key in (("signing_key", self.signing_key), ("box_key", self.box_key)):
+            if len(key) != KEY_BYTES:
+                raise SecureAggregationError(
+                    f"Expected {what} of site {self.site!r} in {KEY_BYTES} bytes, got {len(key)}; ask the site for it."
+                )
+
+    def has_signed(self, signature: bytes, label: str, *fields: bytes) -> bool:
+        """Whether this site signed these fields under this label."""
+        try:
+            Ed25519PublicKey.from_public_bytes(self.signing_key).verify(signature, labelled(label, *fields))
+        except InvalidSignature:
+            return False
+        return True
+
+
+class Identity:
+    """The private side of a :class:`Member`.
+
+    Args:
+        secret: 32 random bytes; both keys are derived from it.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        if len(secret) != SECRET_BYTES:
+            raise SiteError(f"Expected an identity of {SECRET_BYTES} bytes, got {len(secret)}; restore the file.")
+        self._signing = Ed25519PrivateKey.from_private_bytes(derived_key(secret, "identity: signing"))
+        self._box = X25519PrivateKey.from_private_bytes(derived_key(secret, "identity: box"))
+
+    @cached_property
+    def signing_key(self) -> bytes:
+        """The public key that checks this site's signatures."""
+        return self._signing.public_key().public_bytes(*_RAW)
+
+    @cached_property
+    def box_key(self) -> bytes:
+        """The public key to which others encrypt for this site."""
+        return self._box.public_key().public_bytes(*_RAW)
+
+    def member(self, site: str) -> Member:
+        """What the others are told."""
+        return Member(site, self.signing_key, self.box_key)
+
+    def sign(self, label: str, *fields: bytes) -> bytes:
+        """An Ed25519 signature of the fields under a label."""
+        return self._signing.sign(labelled(label, *fields))
+
+    def shared_with(self, public_key: bytes) -> bytes:
+        """The Diffie-Hellman secret of the box key and ``public_key``."""
+        return shared_secret(self._box, public_key)
+
+
+def shared_secret(key: X25519PrivateKey, public_key: bytes) -> bytes:
+    """X25519 (RFC 7748).
+
+    Raises:
+        SecureAggregationError: for a public key of small order, with which the secret would be known to all.
+    """
+    try:
+        return key.exchange(X25519PublicKey.from_public_bytes(public_key))
+    except ValueError as error:
+        raise SecureAggregationError(f"Expected an X25519 public key, got one that gives no secret: {error}") from None
+
+
+def derived_key(secret: bytes, label: str, *context: bytes) -> bytes:
+    """32 bytes from a secret, for this use and no other: HKDF-SHA256 (RFC 5869) with the context as info."""
+    return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=labelled(label, *context)).derive(secret)
+
+
+def create_identity(path: Path) -> Identity:
+    """A new identity from the operating system, stored at ``path`` with mode 0600.
+
+    Raises:
+        SiteError: if there is one already, or it cannot be written.
+    """
+    secret = os.urandom(SECRET_BYTES)
+    try:
+        make_private_folder(path.parent)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secret)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(path.parent)
+    except FileExistsError:
+        raise SiteError(f"Expected no identity at {path} yet, got one; use it, or name another place.") from None
+    except OSError as error:
+        raise SiteError(f"Expected to write an identity to {path}, got: {error}; mend it and try again.") from None
+    return Identity(secret)
+
+
+def read_identity(path: Path) -> Identity:
+    """The identity stored at ``path``.
+
+    Raises:
+        SiteError: if it is missing, damaged, or anybody but the owner may read it.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            secret = file.read()
+    except OSError as error:
+        raise SiteError(f"Expected this site's identity at {path}, got: {error}; restore it.") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise SiteError(f"Expected {path} for its owner alone (mode 0600), got mode {mode:04o}; run chmod 600 on it.")
+    return Identity(secret)
