@@ -72,6 +72,8 @@ def run(work: Workload, num_rounds: int, num_workers: int, folder: Path) -> None
             "cohorts": {"federated": "federated"},
             "ledgers": run_folder,
             "ledger_key": str(Path(run_folder) / "ledger.key"),
+            "identities": str(Path(run_folder) / "identities"),
+            "journals": str(Path(run_folder) / "journals"),
             "noise_seed": None,
             "sites": sites,
         }

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client import serve
+from client import secure_round, serve
 from client.site import Site, site_of_partition
 from medfed.errors import MessageError
 from medfed.messages import INSTRUCTION_FIELDS, RECORD_KEY, Fields, Refusal, RoundInstruction, RoundReply, exact_fields
@@ -34,6 +34,30 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate on held-out patients."""
     return _answer(message, context, serve.evaluate)
+
+
+@app.query("secure_setup")
+def secure_setup(message: Message, context: Context) -> Message:
+    """Make keys for an epoch of secure sums."""
+    return _answer(message, context, secure_round.setup)
+
+
+@app.query("secure_accept")
+def secure_accept(message: Message, context: Context) -> Message:
+    """Check the keys of all sites."""
+    return _answer(message, context, secure_round.accept)
+
+
+@app.query("secure_vote")
+def secure_vote(message: Message, context: Context) -> Message:
+    """Agree to who is in a sum."""
+    return _answer(message, context, secure_round.vote)
+
+
+@app.query("secure_open")
+def secure_open(message: Message, context: Context) -> Message:
+    """Help to open a sum."""
+    return _answer(message, context, secure_round.open_sum)
 
 
 def _answer(message: Message, context: Context, action: Callable[[RoundInstruction, Fields, Site], Fields]) -> Message:

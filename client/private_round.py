@@ -9,12 +9,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
-from client.private_trainer import checked_engine, train_privately, units_of
+from client.private_trainer import checked_engine, clipped_integers, train_privately, units_of
+from client.secure_round import MaskedRound
 from client.site import Site
 from medfed.canonical import canonical_bytes, sha256_hex
+from medfed.errors import PrivacyError
 from medfed.messages import RoundInstruction
 from medfed.models.adapted import AdaptedModel
 from medfed.payload import decode_adapter, encode_adapter
@@ -23,6 +27,7 @@ from medfed.tasks import task_of
 from privacy.ledger_entry import Charge
 from privacy.per_sample.engine import Engine
 from privacy.plan import PrivacyPlan
+from strategies.secure_channel import SecureChannel
 from strategies.strategy import Phase
 
 _log = logging.getLogger("medfed.client.private_round")
@@ -50,7 +55,7 @@ def private_reply(
     assert study.privacy is not None
     manifest = study.resolved_manifest
     start_P = decode_adapter(adapter, manifest)
-    plan = PrivacyPlan.of(study.privacy, num_rounds=study.rounds.num_rounds)
+    plan = PrivacyPlan.of_study(study).alone
     if not plan.is_private:
         after_P, _ = _trained(instruction, start_P, study, model, engine_for(study, model, phase, site), site, plan)
         return _payload(phase, study, start_P, after_P)
@@ -61,9 +66,82 @@ def private_reply(
         _log.info("event=sent_again round=%d", instruction.round)
         return stored
     engine = engine_for(study, model, phase, site)
+    with _charged(instruction, study, plan, request, site) as kept:
+        after_P, facts = _trained(instruction, start_P, study, model, engine, site, plan)
+        payload = _payload(phase, study, start_P, after_P)
+        kept(payload, facts)
+    return payload
+
+
+def shared_noise_reply(
+    instruction: RoundInstruction,
+    adapter: bytes,
+    study: StudyConfig,
+    model: AdaptedModel,
+    phase: Phase,
+    site: Site,
+    channel: SecureChannel,
+    masked: MaskedRound,
+) -> bytes:
+    """This site's clipped sum of one step with its share of noise, under masks (trust ``consortium``).
+
+    The ledger is charged before anything is drawn: once the masked vector has left, the other sites can open the
+    sum without this one. A round that is asked for again is another round with its own charge.
+
+    Args:
+        instruction: what was asked.
+        adapter: the payload that came with it: the global adapter.
+        study: resolved and approved, with trust ``consortium``.
+        model: of the study.
+        phase: what trains; its one statistic must be linear in the gradient.
+        site: whose ledger pays.
+        channel: of the round.
+        masked: of the round; has passed the site's checks.
+
+    Raises:
+        PrivacyError: if the phase's statistics are no plain differences of adapters; nothing was spent.
+        MedfedError: as :func:`private_reply`.
+    """
+    manifest = study.resolved_manifest
+    if len(phase.stats) != 1 or not phase.stats[0].elementwise:
+        raise PrivacyError(
+            "Expected a strategy that averages adapter deltas with trust 'consortium', got another: shared noise is "
+            "proven for sums of clipped gradients; set strategy.name = 'fedit' or trust = 'site'."
+        )
+    plan = PrivacyPlan.of_study(study)
+    engine = engine_for(study, model, phase, site)
+    request = sha256_hex(masked.id)
+    with _charged(instruction, study, plan, request, site) as kept:
+        result = clipped_integers(
+            model,
+            task_of(study.task),
+            units_of(site.cohort(study, model.pixels).train, plan.unit),
+            study.training,
+            plan,
+            engine=engine,
+            start_P=decode_adapter(adapter, manifest),
+            fitting=channel.fitting,
+            features=site.features,
+            stream=site.random_stream(instruction.scope, instruction.round),
+        )
+        reply = masked.masked(channel.noised(result.integers_P))
+        kept(sha256_hex(reply).encode(), result.facts)  # a receipt: the vector itself is never sent twice
+    return reply
+
+
+@contextmanager
+def _charged(
+    instruction: RoundInstruction, study: StudyConfig, plan: PrivacyPlan, request: str, site: Site
+) -> Iterator[Callable[[bytes, dict[str, float]], None]]:
+    """Reserves a round's privacy before the body, and settles it with what the body keeps: a reply and facts.
+
+    Raises:
+        BudgetError: if the cohort's budget does not allow the round; nothing was spent.
+        LedgerError: if the ledger cannot be trusted or written.
+    """
     assert site.policy.budget is not None  # the policy refused the study otherwise
     charge = Charge(
-        cohort=cohort,
+        cohort=site.cohort_name(instruction.scope),
         study=study.name,
         study_digest=study.digest,
         scope=instruction.scope,
@@ -75,15 +153,20 @@ def private_reply(
         adjacency=plan.adjacency,
         request_digest=request,
     )
-    reservation = ledger.reserve(charge, site.policy.budget.cap)
+    reservation = site.ledger.reserve(charge, site.policy.budget.cap)
+    settled = False
+
+    def keep(reply: bytes, facts: dict[str, float]) -> None:
+        nonlocal settled
+        settled = True
+        site.ledger.settle(reservation, "sent", reply, facts)
+
     try:
-        after_P, facts = _trained(instruction, start_P, study, model, engine, site, plan)
-        payload = _payload(phase, study, start_P, after_P)
+        yield keep
     except BaseException:
-        ledger.settle(reservation, "failed", None, {})
+        if not settled:
+            site.ledger.settle(reservation, "failed", None, {})
         raise
-    ledger.settle(reservation, "sent", payload, facts)
-    return payload
 
 
 def engine_for(study: StudyConfig, model: AdaptedModel, phase: Phase, site: Site) -> Engine:

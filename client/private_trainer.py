@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from threading import Lock
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from client.data import Item
@@ -27,12 +29,14 @@ from medfed.models.adapted import AdaptedModel
 from medfed.study import StudyConfig, TrainingConfig
 from medfed.tasks import Task
 from privacy.clipping import ClippedSum, PatientSum
+from privacy.integer_clipping import IntegerClippedSum
 from privacy.noise import add_gaussian
 from privacy.per_sample.engine import Batch, Engine
 from privacy.per_sample.self_check import choose_engine
 from privacy.plan import PrivacyPlan
 from privacy.randomness import RandomStream
 from privacy.sampling import draw_images, draw_patients
+from privacy.skellam import add_skellam
 
 Unit = Sequence[Item]
 """All training images of one patient, or one image where the unit is a record."""
@@ -48,6 +52,20 @@ class PrivateTrainResult:
     """
 
     adapter_P: Tensor
+    facts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SharedNoiseResult:
+    """A site's part of a sum that carries the noise of all sites (trust ``consortium``).
+
+    Attributes:
+        integers_P: clipped sum of one step and this site's share of noise, int64, in units of C / D2; zero where
+            nothing trains. Not private by itself: it may leave the site under masks only.
+        facts: as of :class:`PrivateTrainResult`, beside the site's own share of the noise.
+    """
+
+    integers_P: NDArray[np.int64]
     facts: dict[str, float]
 
 
@@ -125,6 +143,52 @@ def train_privately(
     return PrivateTrainResult(adapter_P=trained_vector(model), facts=_facts(sums, plan, engine.num_parameters))
 
 
+def clipped_integers(
+    model: AdaptedModel,
+    task: Task,
+    units: Sequence[Unit],
+    config: TrainingConfig,
+    plan: PrivacyPlan,
+    *,
+    engine: Engine,
+    start_P: Tensor,
+    fitting: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+    features: FeatureCache,
+    stream: RandomStream,
+) -> SharedNoiseResult:
+    """One step's clipped sum at ``start_P``, in integers, with this site's share of Skellam noise.
+
+    Guarantee: before noise, adding or removing one unit changes the integers by at most ``plan.l2_bound`` in L2
+    norm, exactly; the noise has variance ``plan.share_variance`` on every element that trains. The adapter in the
+    model is left as ``start_P``: the step is taken on the sum over sites.
+
+    Args:
+        model: the adapter goes into it.
+        task: its losses.
+        units: from :func:`units_of`.
+        config: augmentation, and how many images are computed at a time.
+        plan: of the study, with trust ``consortium``; the caller has reserved the step.
+        engine: as for :func:`train_privately`.
+        start_P: the global adapter.
+        fitting: cuts a clipped sum to the range of the secure sum; must not move two sums further apart.
+        features: of the site.
+        stream: where draws, rounding and noise come from.
+
+    Raises:
+        AdapterMismatchError: if ``start_P`` does not fit.
+        PrivacyError: if a gradient is not finite.
+    """
+    model.load(start_P)
+    model.train()
+    clipped = _clipped_sum(_drawn(units, plan, stream), model, task, config, plan, engine, features, stream)
+    held_P = held_elements(model, engine.parameters.__contains__)
+    integers_P = np.zeros(start_P.numel(), dtype=np.int64)
+    fitted_P = torch.from_numpy(fitting(clipped.sum_P.numpy()))
+    noised_P = add_skellam(fitted_P, variance=plan.share_variance, stream=stream)
+    integers_P[slice(None) if held_P is None else ~held_P.cpu().numpy()] = noised_P.numpy()
+    return SharedNoiseResult(integers_P, _facts([clipped], plan, engine.num_parameters))
+
+
 def _drawn(units: Sequence[Unit], plan: PrivacyPlan, stream: RandomStream) -> list[_Sample]:
     """The samples of one step, unit after unit."""
     samples = []
@@ -146,12 +210,7 @@ def _clipped_sum(
     features: FeatureCache,
     stream: RandomStream,
 ) -> PatientSum:
-    total = ClippedSum(
-        engine.num_parameters,
-        clip_norm=plan.clip_norm,
-        device=model.device,
-        names=lambda element: model.manifest.subset(engine.parameters.__contains__).name_at(element),
-    )
+    total = _open_sum(model, plan, engine, stream)
     # One generator for the step: views, and what the stream gives afterwards, do not depend on the micro-batches.
     generator = torch.Generator().manual_seed(int(stream.below(2**62, 1)[0]))
     for start in range(0, len(samples), config.batch_size):
@@ -164,6 +223,24 @@ def _clipped_sum(
     return total.close()
 
 
+def _open_sum(model: AdaptedModel, plan: PrivacyPlan, engine: Engine, stream: RandomStream) -> ClippedSum:
+    """An empty sum, of integers if they are to be summed under masks."""
+
+    def names(element: int) -> str:
+        return model.manifest.subset(engine.parameters.__contains__).name_at(element)
+
+    if plan.trust != "consortium":
+        return ClippedSum(engine.num_parameters, clip_norm=plan.clip_norm, device=model.device, names=names)
+    return IntegerClippedSum(
+        engine.num_parameters,
+        clip_norm=plan.clip_norm,
+        l2_bound=plan.l2_bound,
+        stream=stream,
+        device=model.device,
+        names=names,
+    )
+
+
 def _facts(sums: Sequence[PatientSum], plan: PrivacyPlan, num_parameters: int) -> dict[str, float]:
     """Fraction of drawn units that were clipped; norm of the clipped sum over the expected norm of the noise.
 
@@ -174,7 +251,8 @@ def _facts(sums: Sequence[PatientSum], plan: PrivacyPlan, num_parameters: int) -
     if drawn:
         facts["clip_fraction"] = round(sum(clipped.num_clipped for clipped in sums) / drawn, 2)
     if plan.is_private:
-        noise_norm = plan.noise_std * num_parameters**0.5
+        unit = plan.clip_norm / plan.l2_bound if plan.trust == "consortium" else 1.0  # of the integers of a sum
+        noise_norm = plan.noise_std / unit * num_parameters**0.5
         facts["signal_to_noise"] = float(f"{sum(clipped.norm for clipped in sums) / len(sums) / noise_norm:.2g}")
     return facts
 

@@ -12,20 +12,21 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from client.data import Cohort
-from client.private_round import engine_for, private_reply
+from client.private_round import engine_for, private_reply, shared_noise_reply
+from client.request import checked_cohort, public_size, reply_to, study_and_model
+from client.secure_round import MaskedRound
 from client.site import Site
 from client.trainer import evaluate_locally, train_locally
 from medfed.adapter_manifest import AdapterManifest
 from medfed.canonical import derive_seed
-from medfed.errors import AdapterMismatchError, PolicyError, StudyError
-from medfed.messages import Fields, RoundInstruction, RoundReply, bytes_field
-from medfed.models.adapted import AdaptedModel, adapted_model
+from medfed.errors import PolicyError
+from medfed.messages import Fields, RoundInstruction, bytes_field
+from medfed.models.adapted import AdaptedModel
 from medfed.payload import decode_adapter, encode_adapter
-from medfed.study import POOLED_SITE, StudyConfig, parse_study
+from medfed.study import StudyConfig
 from medfed.tasks import task_of
-from privacy.plan import PrivacyPlan
 from strategies.registry import strategy_of
+from strategies.secure_channel import SecureChannel
 from strategies.strategy import Phase
 
 _log = logging.getLogger("medfed.client.serve")
@@ -36,8 +37,8 @@ def describe(instruction: RoundInstruction, fields: Fields, site: Site) -> Field
 
     Replies with the size that weighs its updates, and no payload.
     """
-    study, model = _study_and_model(instruction, fields, site)
-    cohort = _checked_cohort(study, model, site)
+    study, model = study_and_model(instruction, fields, site)
+    cohort = checked_cohort(study, model, site)
     if study.training.augmentation == "none":
         for item in cohort.train:
             site.features.features_of(item, model)
@@ -45,7 +46,7 @@ def describe(instruction: RoundInstruction, fields: Fields, site: Site) -> Field
         site.features.features_of(item, model)
     if study.privacy is not None:
         engine_for(study, model, strategy_of(study.strategy).plan(1), site)
-    return _reply(instruction, site, num_examples=_weight(study, cohort, site)).to_fields()
+    return reply_to(instruction, site, num_examples=public_size(study, cohort, site)).to_fields()
 
 
 def train(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
@@ -53,17 +54,40 @@ def train(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
 
     A private update is all that is told of a private round: no loss, and a public size.
     """
-    study, model = _study_and_model(instruction, fields, site)
-    cohort = _checked_cohort(study, model, site)
+    study, model = study_and_model(instruction, fields, site)
+    cohort = checked_cohort(study, model, site)
     phase = strategy_of(study.strategy).plan(instruction.round)
-    adapter = bytes_field(fields, "adapter")
-    if study.privacy is None:
-        payload, metrics = _plain_reply(instruction, adapter, study, model, phase, site)
-    else:
-        payload, metrics = private_reply(instruction, adapter, study, model, phase, site), {}
+    adapter, size = bytes_field(fields, "adapter"), public_size(study, cohort, site)
+    if study.sums_securely_in(instruction.scope):
+        masked = _masked_update(instruction, fields, study, model, phase, site)
+        _log.info("event=trained round=%d payload_bytes=%d", instruction.round, len(masked))
+        return reply_to(instruction, site, num_examples=size).to_fields(secure=masked)
+    payload, metrics = _update(instruction, adapter, study, model, phase, site)
     _log.info("event=trained round=%d payload_bytes=%d", instruction.round, len(payload))
-    reply = _reply(instruction, site, num_examples=_weight(study, cohort, site), metrics=metrics)
-    return reply.to_fields(adapter=payload)
+    return reply_to(instruction, site, num_examples=size, metrics=metrics).to_fields(adapter=payload)
+
+
+def _masked_update(
+    instruction: RoundInstruction, fields: Fields, study: StudyConfig, model: AdaptedModel, phase: Phase, site: Site
+) -> bytes:
+    """The site's update and loss under masks: all that is told of a round with secure aggregation."""
+    channel = SecureChannel.training(study, instruction.round, phase)
+    masked = MaskedRound(study, instruction.scope, channel, fields, site)
+    adapter = bytes_field(fields, "adapter")
+    if study.privacy is not None and study.privacy.trust == "consortium":
+        return shared_noise_reply(instruction, adapter, study, model, phase, site, channel, masked)
+    payload, metrics = _update(instruction, adapter, study, model, phase, site)
+    update_P = decode_adapter(payload, phase.upload_manifest(study.resolved_manifest))
+    return masked.masked(channel.weighted(update_P, site.name, metrics))
+
+
+def _update(
+    instruction: RoundInstruction, adapter: bytes, study: StudyConfig, model: AdaptedModel, phase: Phase, site: Site
+) -> tuple[bytes, dict[str, float]]:
+    """Payload and metrics of a site's update, as they travel where nothing is masked."""
+    if study.privacy is None:
+        return _plain_reply(instruction, adapter, study, model, phase, site)
+    return private_reply(instruction, adapter, study, model, phase, site), {}
 
 
 def _plain_reply(
@@ -89,7 +113,7 @@ def _plain_reply(
 
 def evaluate(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
     """Evaluate an adapter on the site's held-out patients; reply with metrics."""
-    study, model = _study_and_model(instruction, fields, site)
+    study, model = study_and_model(instruction, fields, site)
     if study.withholds_evaluation:
         raise PolicyError(
             f"Expected no evaluation of {study.name!r}, which withholds metrics of held-out patients, got a request."
@@ -103,62 +127,14 @@ def evaluate(instruction: RoundInstruction, fields: Fields, site: Site) -> Field
         features=site.features,
         batch_size=study.training.batch_size,
     )
-    return _reply(instruction, site, num_examples=len(cohort.test), metrics=metrics).to_fields()
-
-
-def _checked_cohort(study: StudyConfig, model: AdaptedModel, site: Site) -> Cohort:
-    """The site's cohort, if the site's policy lets this study train on it."""
-    cohort = site.cohort(study, model.pixels)
-    num_patients = len({item.patient_id for item in cohort.train})
-    num_units = len(cohort.train) if study.privacy and study.privacy.unit == "record" else num_patients
-    declared = study.declared_units(site.name)
-    site.policy.check_cohort(num_patients=num_patients, num_units=num_units, declared=declared)
-    if study.privacy is not None and site.name != POOLED_SITE:  # nobody may build that one, it promises nothing
-        PrivacyPlan.of(study.privacy, study.rounds.num_rounds).check_cohort(num_units)
-    return cohort
-
-
-def _weight(study: StudyConfig, cohort: Cohort, site: Site) -> int:
-    """What weighs the site's updates: its training images, or with [privacy] the public size of its cohort."""
-    declared = study.declared_units(site.name)
-    return len(cohort.train) if declared is None else declared
-
-
-def _study_and_model(instruction: RoundInstruction, fields: Fields, site: Site) -> tuple[StudyConfig, AdaptedModel]:
-    """The study that travels along, if its digest and manifest are right, and the model it adapts."""
-    study = _known_study(bytes_field(fields, "study"), instruction.study_digest)
-    if site.name not in (*study.site_names, POOLED_SITE):
-        raise StudyError(f"Expected a study with site {site.name!r}, got sites {', '.join(study.site_names)}.")
-    site.cohort_name(instruction.scope)
-    site.policy.check_study(study)
-    model = adapted_model(study, site.device)
-    if model.manifest.fingerprint != study.resolved_manifest.fingerprint:
-        raise AdapterMismatchError(
-            f"Expected the manifest {model.manifest.fingerprint.hex()[:16]} of this site's own backbone, "
-            f"got a study with {study.resolved_manifest.fingerprint.hex()[:16]}; it would send other tensors."
-        )
-    return study, model
-
-
-@lru_cache(maxsize=4)
-def _known_study(canonical: bytes, digest: str) -> StudyConfig:
-    return parse_study(canonical, digest=digest)
+    if study.sums_securely_in(instruction.scope):
+        channel = SecureChannel.evaluation(study, instruction.round)
+        masked = MaskedRound(study, instruction.scope, channel, fields, site).masked(channel.scores(metrics))
+        return reply_to(instruction, site).to_fields(secure=masked)
+    return reply_to(instruction, site, num_examples=len(cohort.test), metrics=metrics).to_fields()
 
 
 @lru_cache(maxsize=1)  # all virtual sites of a process start a round from the same bytes
 def _global_adapter(payload: bytes, manifest: AdapterManifest) -> Tensor:
     """The adapter that the server sent, to be read only."""
     return decode_adapter(payload, manifest)
-
-
-def _reply(
-    instruction: RoundInstruction, site: Site, *, num_examples: int, metrics: dict[str, float] | None = None
-) -> RoundReply:
-    return RoundReply(
-        site=site.name,
-        study_digest=instruction.study_digest,
-        round=instruction.round,
-        attempt=instruction.attempt,
-        num_examples=num_examples,
-        metrics=metrics or {},
-    )

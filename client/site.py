@@ -25,6 +25,9 @@ from medfed.study import Name, StudyConfig
 from privacy.ledger import PrivacyLedger
 from privacy.ledger_key import read_key
 from privacy.randomness import RandomStream
+from privacy.secure_aggregation.client import SecureClient
+from privacy.secure_aggregation.identity import read_identity
+from privacy.secure_aggregation.plan import SecureAggregationPlan
 
 SITES_VARIABLE = "MEDFED_SITES"
 """Environment variable with the path of a :class:`VirtualSites` file."""
@@ -57,6 +60,8 @@ class VirtualSites(BaseModel):
             worlds with the same patients; each has a budget of its own. A scope that is not here is refused.
         ledgers: folder with one privacy ledger for each site.
         ledger_key: file of the key that signs them.
+        identities: folder with each site's identity for secure aggregation, ``<site>.identity``.
+        journals: folder with a folder for each site, where it notes what it answered; in no backup.
         noise_seed: draws and noise follow from it, which protects nobody: for patients who are made up. None
             draws from the operating system.
         sites: site of partition 0, 1, ...
@@ -72,6 +77,8 @@ class VirtualSites(BaseModel):
     cohorts: dict[Name, Name]
     ledgers: Path
     ledger_key: Path
+    identities: Path
+    journals: Path
     noise_seed: int | None
     sites: tuple[VirtualSite, ...] = Field(min_length=1)
 
@@ -96,6 +103,8 @@ class Site:
         policy: as above.
         ledger: the privacy ledger's file; made when the first private round comes.
         ledger_key: file of the key that signs it.
+        identity: file of the keys by which other sites know this one; needed for secure aggregation.
+        journal: folder of what it answered in secure aggregation; in no backup.
         noise_seed: None draws from the operating system, as it must be wherever a patient is real.
     """
 
@@ -110,6 +119,8 @@ class Site:
         cohorts: Mapping[str, str],
         ledger: Path,
         ledger_key: Path,
+        identity: Path,
+        journal: Path,
         noise_seed: int | None,
     ) -> None:
         self.name = name
@@ -120,6 +131,9 @@ class Site:
         self.cohorts = cohorts
         self._ledger_path = ledger
         self._ledger_key = ledger_key
+        self._identity = identity
+        self._journal = journal
+        self._secure_clients: dict[bytes, SecureClient] = {}
         self._noise_seed = noise_seed
         self._cohorts: dict[str, Cohort] = {}
 
@@ -132,6 +146,19 @@ class Site:
             SiteError: if its key or its files are not for the owner alone.
         """
         return PrivacyLedger.open(self._ledger_path, read_key(self._ledger_key))
+
+    def secure_client(self, plan: SecureAggregationPlan) -> SecureClient:
+        """This site's side of secure aggregation in a plan that follows from an approved study.
+
+        Raises:
+            SiteError: if the site has no identity.
+            SecureAggregationError: if the study names other keys for this site.
+        """
+        if plan.digest not in self._secure_clients:
+            folder = self._journal / plan.digest.hex()
+            client = SecureClient(self.name, read_identity(self._identity), plan, folder)
+            self._secure_clients = {plan.digest: client}  # a site works for one study at a time
+        return self._secure_clients[plan.digest]
 
     def cohort_name(self, scope: str) -> str:
         """The cohort that pays for a federation's training.
@@ -203,6 +230,8 @@ def _open_sites(path: str) -> tuple[Site, ...]:
             cohorts=virtual.cohorts,
             ledger=virtual.ledgers / f"{site.name}.sqlite",
             ledger_key=virtual.ledger_key,
+            identity=virtual.identities / f"{site.name}.identity",
+            journal=virtual.journals / site.name,
             noise_seed=virtual.noise_seed,
         )
         for site in virtual.sites

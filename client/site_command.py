@@ -107,7 +107,7 @@ def _studies(cohort: ShownCohort) -> Table:
     table = _table(("study",), ("rounds", "steps", "sigma", "q", "epsilon", "in all"), "charges")
     for study in cohort.studies:
         table.add_row(
-            f"{study.study}\n[dim]{study.study_digest[:8]} {study.scope}[/]",
+            f"{study.study}\n[dim]{study.study_digest[:8]} {study.scope}\n{_noises(study.charges)}[/]",
             _ranges(charge.round for charge in study.charges),
             str(study.steps),
             _distinct(charge.noise_multiplier for charge in study.charges),
@@ -127,7 +127,7 @@ def _charges(cohort: ShownCohort) -> Table:
         table.add_row(
             str(charge.entry),
             charge.time[: len("2026-01-31T23:59")].replace("T", " "),
-            study.study,
+            f"{study.study}\n[dim]{_noises([charge])}[/]",
             str(charge.round),
             str(charge.steps),
             f"{charge.noise_multiplier:g}",
@@ -160,6 +160,11 @@ def _outcomes(charges: Sequence[ShownCharge]) -> str:
         text = outcome if len(charges) == 1 else f"{number} {outcome}"
         counted += [f"[{style}]{text}[/]" if style else text] if number else []
     return "\n".join(counted)
+
+
+def _noises(charges: Iterable[ShownCharge]) -> str:
+    """``gaussian``, or ``skellam, shared``; one below the other if there are both."""
+    return "\n".join(dict.fromkeys(charge.noise for charge in charges))
 
 
 def _ranges(numbers: Iterable[int]) -> str:

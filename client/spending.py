@@ -30,6 +30,8 @@ class ShownCharge(_Shown):
     Attributes:
         entry: sequence in the ledger.
         time: of the reservation, ISO 8601 in UTC.
+        noise: ``gaussian``, added by the site alone, or ``skellam, shared`` between sites; epsilon with shared noise
+            holds against those only who do not know the other sites' shares.
         outcome: ``sent``, ``failed`` or :data:`UNSETTLED`; it counts in any case.
     """
 
@@ -37,6 +39,7 @@ class ShownCharge(_Shown):
     time: str
     round: int
     steps: int
+    noise: str
     noise_multiplier: float
     sampling_rate: float
     clip_norm: float
@@ -178,6 +181,7 @@ def _shown_charge(spending: Spending) -> ShownCharge:
         time=datetime.fromtimestamp(spending.reserved.time_ms / 1000, UTC).isoformat(timespec="seconds"),
         round=charge.round,
         steps=charge.mechanism.steps,
+        noise=charge.mechanism.noise,
         noise_multiplier=charge.mechanism.noise_multiplier,
         sampling_rate=charge.mechanism.sampling_rate,
         clip_norm=charge.clip_norm,

@@ -1,4 +1,4 @@
-"""What server and site say to each other: one header and at most one adapter payload.
+"""What server and site say to each other: one header, at most one adapter payload, and what is said under masks.
 
 These are typed views; Flower carries them as one ``ConfigRecord`` of scalars. A header is JSON of a pydantic
 model that refuses unknown fields, so a field that nobody agreed on cannot ride along.
@@ -20,8 +20,8 @@ RECORD_KEY = "medfed"
 Fields = dict[str, str | bytes]
 """What a message is on the wire: ``header`` (JSON) and byte fields."""
 
-INSTRUCTION_FIELDS = ("header", "study", "adapter")
-REPLY_FIELDS = ("header", "adapter")
+INSTRUCTION_FIELDS = ("header", "study", "adapter", "secure")
+REPLY_FIELDS = ("header", "adapter", "secure")
 
 
 class _Header(BaseModel):
@@ -61,9 +61,9 @@ class RoundInstruction(_Header):
     attempt: Annotated[int, Field(ge=1)] = 1
     scope: Name = "federated"
 
-    def to_fields(self, *, study: bytes, adapter: bytes) -> Fields:
-        """The message: header, canonical study bytes, adapter payload (may be empty)."""
-        return {"header": self.model_dump_json(), "study": study, "adapter": adapter}
+    def to_fields(self, *, study: bytes, adapter: bytes, secure: bytes = b"") -> Fields:
+        """The message: header, canonical study bytes, adapter payload and secure-aggregation message (may be empty)."""
+        return {"header": self.model_dump_json(), "study": study, "adapter": adapter, "secure": secure}
 
 
 class Refusal(_Header):
@@ -92,7 +92,8 @@ class RoundReply(_Header):
         study_digest: of the study it worked for.
         round: as asked.
         attempt: as asked.
-        num_examples: images used for training or evaluation.
+        num_examples: images used for training or evaluation; the public size of the site's cohort where the true
+            one is private, nothing where only sums are told.
         metrics: finite numbers only, under the names of the study's task (the server refuses others); what
             cannot be computed is left out.
         refusal: set when nothing was done; then there is no payload.
@@ -106,9 +107,9 @@ class RoundReply(_Header):
     metrics: Annotated[dict[str, float], Field(max_length=1000)] = {}
     refusal: Refusal | None = None
 
-    def to_fields(self, *, adapter: bytes = b"") -> Fields:
-        """The message: header and adapter payload (may be empty)."""
-        return {"header": self.model_dump_json(), "adapter": adapter}
+    def to_fields(self, *, adapter: bytes = b"", secure: bytes = b"") -> Fields:
+        """The message: header, adapter payload and secure-aggregation message (may be empty)."""
+        return {"header": self.model_dump_json(), "adapter": adapter, "secure": secure}
 
 
 def exact_fields(record: Mapping[str, object], names: Collection[str]) -> Fields:
@@ -135,5 +136,6 @@ def bytes_field(fields: Fields, name: str) -> bytes:
     return value
 
 
-Action = Literal["describe", "train", "evaluate"]
-"""``describe``: who are you and is your cohort in order; then ``train`` and ``evaluate``."""
+Action = Literal["describe", "train", "evaluate", "secure_setup", "secure_accept", "secure_vote", "secure_open"]
+"""``describe``: who are you and is your cohort in order; then ``train`` and ``evaluate``. With secure aggregation
+``setup`` and ``accept`` come before an epoch of rounds, ``vote`` (if a site is missing) and ``open`` after each."""

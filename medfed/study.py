@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,13 +19,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from medfed.adapter_manifest import AdapterManifest
 from medfed.canonical import canonical_bytes, sha256_hex
-from medfed.errors import StudyError
+from medfed.consortium import Quorum
+from medfed.errors import SecureAggregationError, StudyError
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 """Lower-case letters, digits, hyphen and underscore: safe in file names, CSV columns and message headers."""
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256, hexadecimal."""
+
+FEDERATED = "federated"
+"""Scope of the federation of all sites; simulations have others, of one virtual site each."""
+
+ALL_SITES = "all-sites"
+"""Stands for a sum over sites where a single site's number would stand."""
 
 POOLED_SITE = "pooled"
 """Name of the virtual site that holds all data in simulations: the upper bound, illegal to build."""
@@ -175,12 +181,15 @@ class PrivacyConfig(_Section):
     fixes the noise; a resolved study holds both.
 
     Attributes:
-        trust: ``site``: each site adds the whole noise itself and trusts nobody. ``none``: draws and clips the
-            same, adds no noise, protects nothing; for comparison in simulations only.
+        trust: ``site``: each site adds the whole noise itself and trusts nobody. ``consortium``: each site adds
+            a share, and only the securely aggregated sum, which carries all shares, is ever seen; one step a
+            round. ``none``: draws and clips the same, adds no noise, protects nothing; for comparison in
+            simulations only.
         unit: what one unit of privacy is: ``patient`` (all images of a patient together) or ``record`` (one
             image; a patient with several images is protected less).
         epsilon: target for a site over the whole study, at ``delta``.
-        noise_multiplier: standard deviation of the noise over ``clip_norm``.
+        noise_multiplier: standard deviation of the noise over ``clip_norm``; of the noise of a site, or with
+            trust ``consortium`` of the least honest noise that a sum carries.
         delta: probability outside the guarantee; below one over the number of training patients.
         clip_norm: L2 bound C of what one unit contributes to a step.
         sampling_rate: probability q with which each unit takes part in a step, independently of all others.
@@ -192,7 +201,7 @@ class PrivacyConfig(_Section):
             held-out patients are then not protected.
     """
 
-    trust: Literal["site", "none"]
+    trust: Literal["site", "consortium", "none"]
     unit: Literal["patient", "record"]
     epsilon: Annotated[float, Field(gt=0)] | None = None
     noise_multiplier: Annotated[float, Field(gt=0)] | None = None
@@ -210,11 +219,52 @@ class PrivacyConfig(_Section):
         noise = self.epsilon is not None or self.noise_multiplier is not None
         if self.trust == "none" and noise:
             raise ValueError("trust = 'none' adds no noise; remove epsilon and noise_multiplier, or set trust = 'site'")
-        if self.trust == "site" and not noise:
-            raise ValueError("trust = 'site' needs epsilon or noise_multiplier; add one of them")
+        if self.trust != "none" and not noise:
+            raise ValueError(f"trust = {self.trust!r} needs epsilon or noise_multiplier; add one of them")
+        if self.trust == "consortium" and self.steps_per_round != 1:
+            raise ValueError(
+                "trust = 'consortium' needs steps_per_round = 1, as only sums of one clipped gradient share their "
+                "noise; set 1 and more rounds, or trust = 'site'"
+            )
         if (self.unit == "patient") != (self.images_per_patient is not None):
             raise ValueError("images_per_patient belongs to unit = 'patient' and to no other; add or remove it")
         return self
+
+
+class SecureAggregationConfig(_Section):
+    """Only sums over sites are seen, by anyone; how many sites must be in them (:class:`medfed.consortium.Quorum`).
+
+    Nothing that changes the guarantee has a default; ``threshold`` and ``min_sites`` are at their least if left out.
+
+    Attributes:
+        enabled: whether updates and metrics travel under masks.
+        max_colluding: c, sites that may be corrupt and help the server.
+        threshold: t, sites that must agree on who is in a sum before it can be opened.
+        min_sites: k, sites in a sum at least; the others may drop out of a round.
+        update_clip_norm: L2 bound on a site's weighted update, which is scaled down to it; sets how fine the integers
+            are that are summed. Not for trust ``consortium``, where each patient is clipped.
+        rounds_per_epoch: sums that one exchange of keys serves.
+    """
+
+    enabled: bool
+    max_colluding: Annotated[int, Field(ge=0)]
+    threshold: Annotated[int, Field(ge=1)] | None = None
+    min_sites: Annotated[int, Field(ge=1)] | None = None
+    update_clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    rounds_per_epoch: Annotated[int, Field(ge=1, le=1024)] = 32
+
+    def quorum(self, num_sites: int) -> Quorum:
+        """The numbers for a study of this many sites.
+
+        Raises:
+            SecureAggregationError: if they contradict each other.
+        """
+        return Quorum.of(
+            num_sites=num_sites,
+            max_colluding=self.max_colluding,
+            threshold=self.threshold,
+            min_sites=self.min_sites,
+        )
 
 
 class RoundsConfig(_Section):
@@ -222,7 +272,8 @@ class RoundsConfig(_Section):
 
     Attributes:
         num_rounds: rounds in the study.
-        quorum: replies without which a round is not aggregated; None means every site.
+        quorum: replies without which a round is not aggregated; None means every site, or with
+            [secure_aggregation] its ``min_sites``.
         deadline_s: seconds after which replies no longer count. In a simulation all sites share it, as they
             share the machine: allow for all of them.
         evaluate_every: rounds between evaluations on held-out patients; None means after the last only. The
@@ -269,9 +320,13 @@ class SiteConfig(_Section):
         train_patients: number of training patients of a simulated site.
         test_patients: number of held-out patients of a simulated site.
         lesion_prevalence: fraction of patients with a lesion, for ``brain-lesions``.
-        declared_patients: with [privacy]: a public number of training units (patients, or images if the unit is
-            a record), agreed beforehand and not above the true one. Updates are divided and weighted by it,
-            since the true number is itself private. A simulated site declares what it is made of.
+        declared_patients: with [privacy] or [secure_aggregation]: a public number of training units (patients, or
+            images if the unit of privacy is a record), agreed beforehand and not above the true one. Updates are
+            divided and weighted by it, since the true number is itself private. A simulated site declares what it
+            is made of.
+        signing_key: Ed25519 public key of the site, 64 hexadecimal digits; for [secure_aggregation]. A simulation
+            makes keys where there are none.
+        box_key: X25519 public key of the site, likewise.
     """
 
     name: Name
@@ -281,6 +336,8 @@ class SiteConfig(_Section):
     test_patients: Annotated[int, Field(ge=1)] | None = None
     lesion_prevalence: Annotated[float, Field(ge=0, le=1)] | None = None
     declared_patients: Annotated[int, Field(ge=1)] | None = None
+    signing_key: Digest | None = None
+    box_key: Digest | None = None
 
 
 class StudyConfig(_Section):
@@ -299,6 +356,7 @@ class StudyConfig(_Section):
     task: TaskConfig
     training: TrainingConfig
     privacy: PrivacyConfig | None = None
+    secure_aggregation: SecureAggregationConfig | None = None
     rounds: RoundsConfig
     strategy: StrategyConfig = StrategyConfig()
     cohort: CohortConfig | None = None
@@ -313,8 +371,9 @@ class StudyConfig(_Section):
     @model_validator(mode="after")
     def _parts_fit_together(self) -> StudyConfig:
         _distinct(self.site_names, "site")
-        if POOLED_SITE in self.site_names:
-            raise ValueError(f"site name {POOLED_SITE!r} is reserved for the pooled upper bound; rename the site")
+        for reserved, why in ((POOLED_SITE, "the pooled upper bound"), (ALL_SITES, "sums over sites")):
+            if reserved in self.site_names:
+                raise ValueError(f"site name {reserved!r} is reserved for {why}; rename the site")
         quorum = self.rounds.quorum
         if quorum is not None and quorum > len(self.sites):
             raise ValueError(f"rounds.quorum is {quorum} but there are {len(self.sites)} sites; lower the quorum")
@@ -323,6 +382,7 @@ class StudyConfig(_Section):
             if self.task.kind != expected:
                 raise ValueError(f"cohort {self.cohort.kind!r} is a {expected} cohort, task.kind is {self.task.kind!r}")
         self._check_training()
+        self._check_secure_aggregation()
         for site in self.sites:
             self._check_site(site)
         return self
@@ -340,11 +400,52 @@ class StudyConfig(_Section):
         if privacy.views > 1 and training.augmentation == "none":
             raise ValueError("privacy.views above 1 needs training.augmentation; without it all views are equal")
 
+    def _check_secure_aggregation(self) -> None:
+        secure, is_shared = self.secure_aggregation, self.privacy is not None and self.privacy.trust == "consortium"
+        if secure is None or not secure.enabled:
+            if is_shared:
+                raise ValueError(
+                    "trust = 'consortium' needs [secure_aggregation] with enabled = true: without it the server "
+                    "would see each site's sum with a share of the noise; add it, or set trust = 'site'"
+                )
+            return
+        try:
+            quorum = secure.quorum(len(self.sites))
+        except SecureAggregationError as error:
+            raise ValueError(f"secure_aggregation: {error}") from None
+        if self.rounds.quorum is not None and self.rounds.quorum < quorum.min_sites:
+            raise ValueError(
+                f"rounds.quorum is {self.rounds.quorum}, but no sum of fewer than {quorum.min_sites} sites can be "
+                "opened; remove it or raise it"
+            )
+        if is_shared == (secure.update_clip_norm is not None):
+            raise ValueError(
+                "secure_aggregation.update_clip_norm has no meaning with trust = 'consortium', which clips each "
+                "patient; remove it"
+                if is_shared
+                else "secure_aggregation.update_clip_norm is missing; it bounds a site's weighted update"
+            )
+        if is_shared and secure.max_colluding < 1:
+            raise ValueError(
+                "trust = 'consortium' needs secure_aggregation.max_colluding of at least 1, since every site knows "
+                "its own share of the noise; set 1 or more"
+            )
+        if is_shared and self.training.optimizer != "sgd":
+            raise ValueError(
+                "trust = 'consortium' needs training.optimizer = 'sgd': the step is taken on the sum; change it"
+            )
+
     def _check_site(self, site: SiteConfig) -> None:
-        if self.privacy is not None and site.data is not None and site.declared_patients is None:
-            raise ValueError(f"site {site.name!r}: declared_patients is missing; [privacy] divides by it")
-        if site.declared_patients is not None and (self.privacy is None or self.cohort is not None):
+        needs_size = self.privacy is not None or self.sums_securely
+        if needs_size and site.data is not None and site.declared_patients is None:
+            raise ValueError(
+                f"site {site.name!r}: declared_patients is missing; "
+                f"{'[privacy] divides' if self.privacy is not None else '[secure_aggregation] weighs'} by it"
+            )
+        if site.declared_patients is not None and (not needs_size or self.cohort is not None):
             raise ValueError(f"site {site.name!r}: declared_patients is for [privacy] and a site's own data; remove it")
+        if (site.signing_key is None) != (site.box_key is None):
+            raise ValueError(f"site {site.name!r}: signing_key and box_key go together; add or remove one")
         recipe: dict[str, object] = {
             "scanner": site.scanner,
             "train_patients": site.train_patients,
@@ -369,13 +470,15 @@ class StudyConfig(_Section):
         return tuple(site.name for site in self.sites)
 
     def declared_units(self, site_name: str) -> int | None:
-        """The public number of a site's training units (patients or records); None without [privacy].
+        """The public number of a site's training units (patients or records).
 
-        By it an update is divided and weighed. The pooled upper bound of a simulation has the sum of all sites.
+        By it an update is divided and weighed. None without [privacy] and [secure_aggregation]. The pooled upper
+        bound of a simulation has the sum of all sites.
         """
-        if self.privacy is None:
+        if self.privacy is None and not self.sums_securely:
             return None
-        per_patient = self.cohort.images_per_patient if self.cohort and self.privacy.unit == "record" else 1
+        by_record = self.privacy is not None and self.privacy.unit == "record"
+        per_patient = self.cohort.images_per_patient if self.cohort and by_record else 1
         declared = [
             site.declared_patients or (site.train_patients or 0) * per_patient
             for site in self.sites
@@ -389,9 +492,29 @@ class StudyConfig(_Section):
         return self.privacy is not None and self.privacy.evaluation == "withheld"
 
     @property
+    def sums_securely(self) -> bool:
+        """Whether updates and metrics of the federation travel under masks."""
+        return self.secure_aggregation is not None and self.secure_aggregation.enabled
+
+    def sums_securely_in(self, scope: str) -> bool:
+        """Whether this federation's updates are masked: a virtual site alone has nobody to share masks with."""
+        return self.sums_securely and scope == FEDERATED
+
+    @property
+    def secure_quorum(self) -> Quorum:
+        """The numbers of secure aggregation.
+
+        Raises:
+            StudyError: if it is not enabled.
+        """
+        if self.secure_aggregation is None or not self.secure_aggregation.enabled:
+            raise StudyError("Expected a study with [secure_aggregation] enabled, got one without.")
+        return self.secure_aggregation.quorum(len(self.sites))
+
+    @property
     def quorum(self) -> int:
         """Replies that a round needs."""
-        return self.rounds.quorum or len(self.sites)
+        return self.rounds.quorum or (self.secure_quorum.min_sites if self.sums_securely else len(self.sites))
 
     @cached_property
     def canonical(self) -> bytes:
@@ -509,10 +632,7 @@ def _first_problem(error: ValidationError, origin: str) -> str:
 
 
 def _all_keys() -> list[str]:
-    sections: Sequence[type[BaseModel]] = (
-        StudyConfig, BackboneConfig, LoraAdapterConfig, HeadsAdapterConfig, SegmentationConfig,
-        ClassificationConfig, TrainingConfig, PrivacyConfig, RoundsConfig, StrategyConfig, CohortConfig, SiteConfig,
-    )  # fmt: skip
+    sections = [value for value in globals().values() if isinstance(value, type) and issubclass(value, _Section)]
     return sorted({key for section in sections for key in section.model_fields})
 
 

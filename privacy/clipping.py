@@ -4,7 +4,8 @@ Patients come in order, image after image, in micro-batches that may end anywher
 added up first and clipped once, when the patient is complete; clipping each micro-batch would let a patient
 who spans three of them move the sum three times as far.
 
-What comes out is not private yet: noise is added by :func:`privacy.noise.add_gaussian`.
+What comes out is not private yet: noise is added by :func:`privacy.noise.add_gaussian`. Sums of integers, for noise
+that sites share, are made in :mod:`privacy.integer_clipping`.
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ class PatientSum:
     """The clipped sum of one step, without noise. Nothing of it may leave the site or be logged as it is.
 
     Attributes:
-        sum_P: sum of the patients' clipped gradients, float64; zeros when there was no patient.
+        sum_P: sum of the patients' clipped gradients, float64; zeros when there was no patient. From
+            :class:`~privacy.integer_clipping.IntegerClippedSum`: int64, see there for the unit.
         num_patients: patients in the step. Secret: amplification by sampling assumes that it is.
         num_clipped: how many of them were scaled down.
-        norm: L2 norm of ``sum_P``, at most ``num_patients`` times the clip norm.
+        norm: L2 norm of ``sum_P``, in its unit; at most ``num_patients`` times the clip norm.
     """
 
     sum_P: Tensor
@@ -173,7 +175,7 @@ class ClippedSum:
         self._require_open()
         self._open = False
         self._complete_patient()
-        norm = float(torch.linalg.vector_norm(self._sum_P))
+        norm = float(torch.linalg.vector_norm(self._sum_P.double()))
         return PatientSum(self._sum_P, len(self._complete), self._num_clipped, norm)
 
     def _complete_patient(self) -> None:
@@ -182,10 +184,14 @@ class ClippedSum:
             return
         norm = float(torch.linalg.vector_norm(self._patient_P))
         factor = clip_factor(norm, clip_norm=self._clip_norm, num_parameters=self._sum_P.numel())
-        self._sum_P.add_(self._patient_P.mul_(factor))
+        self._add_clipped(self._patient_P.mul_(factor))
         self._num_clipped += factor < 1.0
         self._complete.add(self._patient)
         self._patient_P.zero_()
+
+    def _add_clipped(self, clipped_P: Tensor) -> None:
+        """Adds a complete patient, whose L2 norm is at most the clip norm; ``clipped_P`` is not kept."""
+        self._sum_P.add_(clipped_P)
 
     def _require_open(self) -> None:
         if not self._open:
@@ -201,9 +207,9 @@ class ClippedSum:
                 f"Expected float32 gradients of shape {list(expected)}, got {gradients_BP.dtype} of shape "
                 f"{list(gradients_BP.shape)}."
             )
-        if gradients_BP.device != self._sum_P.device:
+        if gradients_BP.device != self._patient_P.device:
             raise ValueError(
-                f"Expected gradients on {self._sum_P.device}, got {gradients_BP.device}; give the sum their device."
+                f"Expected gradients on {self._patient_P.device}, got {gradients_BP.device}; give the sum their device."
             )
         if len(weights) != len(patients):
             raise ValueError(f"Expected one weight per sample, got {len(weights)} for {len(patients)} samples.")

@@ -14,11 +14,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from medfed.errors import LedgerError
-from privacy.accounting import Mechanism
 from privacy.ledger_entry import (
     NO_DIGEST,
     Body,
     Charge,
+    ChargedMechanism,
     Entry,
     Opened,
     Reserved,
@@ -181,7 +181,7 @@ class Chain:
             if isinstance(body, Reserved) and body.charge.cohort == cohort
         )
 
-    def mechanisms(self, cohort: str) -> tuple[Mechanism, ...]:
+    def mechanisms(self, cohort: str) -> tuple[ChargedMechanism, ...]:
         """What was ever charged to a cohort, settled or not: all of it counts."""
         return tuple(spending.charge.mechanism for spending in self.spendings(cohort))
 

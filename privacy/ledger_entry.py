@@ -22,10 +22,14 @@ from medfed.canonical import canonical_bytes
 from medfed.errors import PrivacyError
 from medfed.study import Digest
 from privacy.accounting import Mechanism
+from privacy.skellam_accounting import SkellamMechanism
 
 Unit = Literal["patient", "record"]
 Adjacency = Literal["add-remove"]
 Outcome = Literal["sent", "failed"]
+
+ChargedMechanism = Mechanism | SkellamMechanism
+"""Noise that a site adds alone, or that sites share; each is told from the other by its fields."""
 
 NO_DIGEST = bytes(32)
 """Stands for the digest before the first entry."""
@@ -50,7 +54,8 @@ class Charge:
         study_digest: SHA-256 of the study, 64 hexadecimal digits.
         scope: federation inside the study.
         round: 0 or more; 0 for tuning runs and released metrics outside a round.
-        mechanism: noise multiplier, sampling rate and steps (at least 1).
+        mechanism: noise multiplier, sampling rate and steps (at least 1); with Skellam noise also the L2 bound in
+            integers and the number of parameters.
         clip_norm: L2 bound of one unit's contribution, > 0.
         delta: for which the study states its epsilon, in (0, 1).
         unit: what is added or removed: a patient with all images, or a record.
@@ -68,7 +73,7 @@ class Charge:
     study_digest: str
     scope: str
     round: int
-    mechanism: Mechanism
+    mechanism: ChargedMechanism
     clip_norm: float
     delta: float
     unit: Unit

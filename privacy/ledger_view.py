@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from medfed.canonical import sha256_hex
 from medfed.errors import LedgerError
-from privacy.accounting import Epsilon, epsilon_spent
+from privacy.accounting import Epsilon, RenyiEpsilon, epsilon_spent
 from privacy.ledger_chain import Chain, Spending
 from privacy.ledger_entry import Body, Reserved
 from privacy.ledger_head import Head, head_path, read_head, require_head_in
@@ -44,7 +44,7 @@ class LedgerView:
         """Every entry, in order."""
         return self._newest().bodies
 
-    def spent(self, cohort: str, delta: float) -> Epsilon:
+    def spent(self, cohort: str, delta: float) -> Epsilon | RenyiEpsilon:
         """The epsilon of all charges of a cohort, in all studies, composed; 0 for one never charged.
 
         It holds for the unit and adjacency of the cohort's charges, which all have the same.

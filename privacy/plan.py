@@ -9,31 +9,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from medfed.errors import PrivacyError
 from medfed.study import PrivacyConfig, StudyConfig
-from privacy.accounting import Epsilon, Mechanism, calibrate_noise, epsilon_spent, is_count, is_number, require_delta
+from privacy.accounting import (
+    Epsilon,
+    Mechanism,
+    RenyiEpsilon,
+    calibrate_noise,
+    epsilon_spent,
+    is_count,
+    is_number,
+    require_delta,
+)
+from privacy.skellam_accounting import SkellamMechanism, calibrate_skellam
 
 if TYPE_CHECKING:
     import dp_accounting
 
-Trust = Literal["site", "none"]
+Trust = Literal["site", "consortium", "none"]
 Unit = Literal["patient", "record"]
+
+
+NOISE_STD_INTEGER = 2**16
+"""Standard deviation, in integers, of the noise that a secure sum is accounted with. Finer costs nothing in privacy
+(2**10 would cost a lot: Agarwal et al. 2021, section 5), coarser leaves more room in 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
-    """DP-SGD at one site, over a whole study.
+    """DP-SGD of one site, over a whole study.
 
     Guarantee, if the training code does what the plan says: everything a site sends over the study is
     (``epsilon.value``, ``delta``)-differentially private with respect to adding or removing one unit of its
     training cohort. Not covered: replacing a unit (about twice as much), held-out patients, metrics released
     without noise, and other studies on the same patients, which the site's ledger adds up.
 
+    With trust ``consortium`` this holds for what the server and up to c colluding sites learn, as long as secure
+    aggregation lets them see sums of at least ``min_honest`` honest sites and nothing else: what a site sends is
+    masked, and the sum carries the noise of each. All other sites' noise is left out of account.
+
     The noise that a site adds (:attr:`noise_std`) and the noise that is accounted (:attr:`mechanism`) are asked
-    for separately. They are equal here, where a site trusts nobody.
+    for separately. They are equal where a site trusts nobody.
 
     ==================== ==========================================================================
     ``trust = "none"``   draws and clips, adds no noise: :attr:`is_private` is False, epsilon infinite
@@ -42,18 +62,21 @@ class PrivacyPlan:
     ==================== ==========================================================================
 
     Attributes:
-        trust: ``site``: the site adds all noise itself. ``none``: nobody adds any.
+        trust: ``site``: the site adds all noise itself. ``consortium``: it adds a share. ``none``: nobody adds any.
         unit: whose presence is hidden: a ``patient`` with all images, or a ``record``, one image.
         clip_norm: C, L2 bound of what one unit contributes to a step's sum; > 0.
         sampling_rate: q, probability with which each unit takes part in a step, independently of all others;
             in (0, 1].
-        noise_multiplier: z, standard deviation of a site's noise over ``clip_norm``; > 0 for ``site``, 0 for ``none``.
-        steps_per_round: noised steps in each round; >= 1.
+        noise_multiplier: z, standard deviation over ``clip_norm`` of the noise that is accounted: of a site's own,
+            or of the least honest noise in a sum; > 0, but 0 for ``none``.
+        steps_per_round: noised steps in each round; >= 1, and 1 for ``consortium``.
         num_rounds: rounds of the study; >= 1.
         delta: probability outside the guarantee; in (0, 1), and see :meth:`check_cohort`.
         images_per_patient: K, images of a drawn patient that are used at most, chosen at random; >= 1. Costs no
             privacy: a patient's gradients are averaged before they are clipped.
         views: augmented views of each image, averaged before clipping; >= 1. Costs no privacy either.
+        min_honest: h, honest sites in a sum at least; >= 1, for ``consortium`` and None otherwise.
+        num_parameters: P, elements of the sum; likewise.
 
     Raises:
         PrivacyError: if a value is outside its range, or two of them contradict each other.
@@ -71,10 +94,14 @@ class PrivacyPlan:
     delta: float
     images_per_patient: int | None
     views: int
+    min_honest: int | None
+    num_parameters: int | None
 
     def __post_init__(self) -> None:
-        if self.trust not in ("site", "none"):
-            raise PrivacyError(f"Expected trust 'site' or 'none', got {self.trust!r}; choose who is trusted.")
+        if self.trust not in ("site", "consortium", "none"):
+            raise PrivacyError(
+                f"Expected trust 'site', 'consortium' or 'none', got {self.trust!r}; choose who is trusted."
+            )
         if self.unit not in ("patient", "record"):
             raise PrivacyError(f"Expected unit 'patient' or 'record', got {self.unit!r}; choose what is hidden.")
         if not (is_number(self.clip_norm) and self.clip_norm > 0):
@@ -94,10 +121,10 @@ class PrivacyPlan:
         require_delta(self.delta)
         for name in ("steps_per_round", "num_rounds", "views"):
             self._require_positive_count(name)
-        if self.trust == "site" and self.noise_multiplier == 0:
+        if self.trust != "none" and self.noise_multiplier == 0:
             raise PrivacyError(
-                "Expected noise_multiplier > 0 with trust 'site', got 0, which protects nobody; add noise, or say so "
-                "with trust 'none'."
+                f"Expected noise_multiplier > 0 with trust {self.trust!r}, got 0, which protects nobody; add noise, or "
+                "say so with trust 'none'."
             )
         if self.trust == "none" and self.noise_multiplier > 0:
             raise PrivacyError(
@@ -111,6 +138,31 @@ class PrivacyPlan:
             )
         if self.unit == "patient":
             self._require_positive_count("images_per_patient")
+        self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        """Noise is shared among a known number of sites, over integers that hold it, in steps of one gradient."""
+        if self.trust != "consortium":
+            if (self.min_honest, self.num_parameters) != (None, None):
+                raise PrivacyError(
+                    f"Expected min_honest and num_parameters with trust 'consortium' alone, got them with "
+                    f"{self.trust!r}; remove them."
+                )
+            return
+        for name in ("min_honest", "num_parameters"):
+            self._require_positive_count(name)
+        if self.steps_per_round != 1:
+            raise PrivacyError(
+                f"Expected steps_per_round 1 with trust 'consortium', got {self.steps_per_round}: after a second step "
+                "a sum of updates no longer is a sum of clipped gradients; use more rounds, or trust 'site'."
+            )
+        num_parameters = self.num_parameters or 0
+        if self.l2_bound**2 < num_parameters:
+            raise PrivacyError(
+                f"Expected noise_multiplier of at most {NOISE_STD_INTEGER / math.sqrt(num_parameters):.4g} for "
+                f"{num_parameters} parameters, got {self.noise_multiplier:g}: rounding to integers would be most "
+                "of the sum; use fewer parameters, or less noise."
+            )
 
     def _require_positive_count(self, name: str) -> None:
         value = getattr(self, name)
@@ -118,11 +170,46 @@ class PrivacyPlan:
             raise PrivacyError(f"Expected {name} as an integer >= 1, got {value!r}; give a whole number.")
 
     @classmethod
-    def of(cls, config: PrivacyConfig, num_rounds: int) -> PrivacyPlan:
+    def of_study(cls, study: StudyConfig) -> PrivacyPlan:
+        """The plan of a study; the same for all its sites.
+
+        Args:
+            study: with a privacy section, and resolved if its trust is ``consortium``: how many elements are summed
+                counts.
+
+        Raises:
+            PrivacyError: as :meth:`of`.
+            StudyError: if a study has to be resolved first.
+        """
+        assert study.privacy is not None
+        if study.privacy.trust != "consortium":
+            return cls.of(study.privacy, study.rounds.num_rounds)
+        return cls.of(
+            study.privacy,
+            study.rounds.num_rounds,
+            min_honest=study.secure_quorum.min_honest,
+            num_parameters=study.resolved_manifest.num_elements,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        config: PrivacyConfig,
+        num_rounds: int,
+        *,
+        min_honest: int | None = None,
+        num_parameters: int | None = None,
+    ) -> PrivacyPlan:
         """The plan of a study's privacy section over ``num_rounds`` rounds.
 
         Noise that the section does not fix is calibrated from its epsilon. A section with both, as a resolved
         study has, is held to its word: the noise must reach the epsilon.
+
+        Args:
+            config: the section.
+            num_rounds: rounds of the study.
+            min_honest: h, for trust ``consortium``.
+            num_parameters: P, likewise.
 
         Raises:
             PrivacyError: if the noise does not reach the epsilon, no noise does, or a value is out of range.
@@ -140,6 +227,8 @@ class PrivacyPlan:
                 delta=config.delta,
                 images_per_patient=config.images_per_patient,
                 views=config.views,
+                min_honest=min_honest,
+                num_parameters=num_parameters,
             )
 
         if config.trust == "none":
@@ -162,15 +251,50 @@ class PrivacyPlan:
 
     @property
     def noise_std(self) -> float:
-        """Standard deviation z C of the noise that the site adds to each element of a step's clipped sum."""
-        return self.noise_multiplier * self.clip_norm
+        """Standard deviation of the noise that the site adds to each element of a step's clipped sum.
+
+        z C, or with trust ``consortium`` z C / sqrt(h): the noise of h sites together has z C.
+        """
+        if self.trust != "consortium":
+            return self.noise_multiplier * self.clip_norm
+        return math.sqrt(self.share_variance) * self.clip_norm / self.l2_bound
+
+    @property
+    def l2_bound(self) -> int:
+        """D2: integers of a ``consortium`` sum are gradients times D2 / C, rounded, of L2 norm D2 at most per unit.
+
+        Raises:
+            PrivacyError: for noise so large that a unit would have less than one integer.
+        """
+        bound = int(NOISE_STD_INTEGER / Fraction(repr(self.noise_multiplier)))  # as written, in decimals
+        if bound < 1:
+            raise PrivacyError(
+                f"Expected noise_multiplier of at most {NOISE_STD_INTEGER} with trust 'consortium', got "
+                f"{self.noise_multiplier:g}; raise epsilon."
+            )
+        return bound
+
+    @property
+    def share_variance(self) -> int:
+        """Variance, in integers, of the Skellam noise that each site adds with trust ``consortium``."""
+        assert self.min_honest is not None
+        mechanism = self.mechanism(self.num_rounds)
+        assert isinstance(mechanism, SkellamMechanism)
+        return mechanism.share_variance(self.min_honest)
+
+    @property
+    def alone(self) -> PrivacyPlan:
+        """The plan of a site that shares its noise with nobody: with trust ``consortium`` it adds all of it."""
+        if self.trust != "consortium":
+            return self
+        return replace(self, trust="site", min_honest=None, num_parameters=None)
 
     @property
     def total_steps(self) -> int:
         """Noised steps of a site over the whole study."""
         return self.steps_per_round * self.num_rounds
 
-    def mechanism(self, rounds: int) -> Mechanism:
+    def mechanism(self, rounds: int) -> Mechanism | SkellamMechanism:
         """What ``rounds`` rounds of the plan cost, for the accountant and the ledger; 0 rounds cost nothing.
 
         Raises:
@@ -181,10 +305,14 @@ class PrivacyPlan:
                 f"Expected rounds as an integer from 0 to the plan's {self.num_rounds}, got {rounds!r}; a longer "
                 "study needs a plan of its own."
             )
-        return Mechanism(self.noise_multiplier, self.sampling_rate, self.steps_per_round * rounds)
+        steps = self.steps_per_round * rounds
+        if self.trust != "consortium":
+            return Mechanism(self.noise_multiplier, self.sampling_rate, steps)
+        assert self.num_parameters is not None
+        return SkellamMechanism(self.noise_multiplier, self.sampling_rate, steps, self.l2_bound, self.num_parameters)
 
     @property
-    def epsilon(self) -> Epsilon:
+    def epsilon(self) -> Epsilon | RenyiEpsilon:
         """Epsilon of the whole study at :attr:`delta`, add/remove adjacency; infinite without noise.
 
         Raises:
@@ -201,6 +329,8 @@ class PrivacyPlan:
 
         if not self.is_private:
             return dp_accounting.NonPrivateDpEvent()
+        if self.trust == "consortium":
+            return dp_accounting.UnsupportedDpEvent()  # the library knows no Skellam noise
         step = dp_accounting.PoissonSampledDpEvent(
             self.sampling_rate, dp_accounting.GaussianDpEvent(self.noise_multiplier)
         )
@@ -234,7 +364,8 @@ class PrivacyPlan:
         cancels. Zero without noise.
 
         Args:
-            num_units: N, public number of units in the site's training cohort.
+            num_units: N, public number of units that contribute to what is noised: in the site's training cohort,
+                or with trust ``consortium`` in those of all sites of a sum.
             num_parameters: P, elements of the adapter.
 
         Raises:
@@ -257,7 +388,7 @@ def calibrated(study: StudyConfig) -> StudyConfig:
     """
     if study.privacy is None:
         return study
-    plan = PrivacyPlan.of(study.privacy, study.rounds.num_rounds)
+    plan = PrivacyPlan.of_study(study)
     if not plan.is_private or study.privacy.noise_multiplier is not None:
         return study
     fixed = {**study.privacy.model_dump(), "noise_multiplier": plan.noise_multiplier}
@@ -267,7 +398,20 @@ def calibrated(study: StudyConfig) -> StudyConfig:
 def _calibrated_noise(config: PrivacyConfig, plan: Callable[[float], PrivacyPlan]) -> float:
     """Noise for the section's epsilon over the steps of the plan; the plan is checked before the search."""
     if config.epsilon is None:
-        raise PrivacyError("Expected epsilon or noise_multiplier with trust 'site', got neither; give one of them.")
+        raise PrivacyError(
+            f"Expected epsilon or noise_multiplier with trust {config.trust!r}, got neither; give one of them."
+        )
+    if config.trust == "consortium":
+        checked = plan(1.0)
+        assert checked.num_parameters is not None
+        return calibrate_skellam(
+            epsilon=config.epsilon,
+            delta=config.delta,
+            sampling_rate=config.sampling_rate,
+            steps=checked.total_steps,
+            num_parameters=checked.num_parameters,
+            noise_std_integer=NOISE_STD_INTEGER,
+        ).noise_multiplier
     return calibrate_noise(
         epsilon=config.epsilon,
         delta=config.delta,

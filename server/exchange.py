@@ -18,7 +18,15 @@ from medfed.messages import RECORD_KEY, REPLY_FIELDS, Action, RoundInstruction, 
 
 _log = logging.getLogger("medfed.server.exchange")
 
-_MESSAGE_TYPES: dict[Action, str] = {"describe": "query.describe", "train": "train", "evaluate": "evaluate"}
+_MESSAGE_TYPES: dict[Action, str] = {
+    "describe": "query.describe",
+    "train": "train",
+    "evaluate": "evaluate",
+    "secure_setup": "query.secure_setup",
+    "secure_accept": "query.secure_accept",
+    "secure_vote": "query.secure_vote",
+    "secure_open": "query.secure_open",
+}
 
 
 @dataclass(frozen=True)
@@ -28,10 +36,12 @@ class SiteReply:
     Attributes:
         reply: its header.
         payload: the adapter payload, still encoded.
+        secure: the secure-aggregation message, still encoded.
     """
 
     reply: RoundReply
     payload: bytes
+    secure: bytes
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ def exchange(
     adapter: bytes,
     deadline_s: float,
     metric_names: frozenset[str],
+    secure: Mapping[int, bytes] | bytes = b"",
 ) -> Exchange:
     """Ask every node to act, and take what comes back before the deadline.
 
@@ -71,12 +82,21 @@ def exchange(
         adapter: payload of the global adapter, may be empty.
         deadline_s: seconds to wait.
         metric_names: the only names under which a site may report a number.
+        secure: secure-aggregation message, for all or by node id.
     """
-    # One content for all: a grid copies or serialises each message before anybody else can change it.
-    content = RecordDict({RECORD_KEY: ConfigRecord(dict(instruction.to_fields(study=study, adapter=adapter)))})
+
+    def content_with(secure: bytes) -> RecordDict:
+        fields = instruction.to_fields(study=study, adapter=adapter, secure=secure)
+        return RecordDict({RECORD_KEY: ConfigRecord(dict(fields))})
+
+    # One content for all that get the same: a grid copies or serialises each message before anybody can change it.
+    if isinstance(secure, bytes):
+        contents = dict.fromkeys(nodes, content_with(secure))
+    else:
+        contents = {node_id: content_with(secure[node_id]) for node_id in nodes}
     messages = [
         Message(
-            content,
+            contents[node_id],
             dst_node_id=node_id,
             message_type=_MESSAGE_TYPES[action],
             group_id=str(instruction.round),
@@ -132,4 +152,4 @@ def _read(
         raise MessageError(f"Expected metrics of the study's task, got {strange[0]!r}.")
     if expected_site is not None and reply.site != expected_site:
         raise MessageError(f"Expected a reply of site {expected_site!r}, got one of {reply.site!r}.")
-    return SiteReply(reply, bytes_field(fields, "adapter"))
+    return SiteReply(reply, bytes_field(fields, "adapter"), bytes_field(fields, "secure"))

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from medfed.errors import CheckpointError
 from medfed.payload import HEADER_BYTES
-from medfed.study import POOLED_SITE, StudyConfig, parse_study
+from medfed.study import ALL_SITES, POOLED_SITE, StudyConfig, parse_study
 from server.checkpoint import write_durably
 from server.report_figures import draw_losses, draw_scores
 from server.results import (
@@ -68,8 +68,8 @@ def write_report(folder: Path) -> Path:
     The same folder and the same installed versions give the same bytes.
 
     Args:
-        folder: with ``study.json`` and ``summary.json``; ``metrics.jsonl``, ``arms/*/metrics.jsonl`` and
-            ``figures/captions.json`` add to the report if they are there.
+        folder: with ``study.json`` and ``summary.json``; ``metrics.jsonl``, ``arms/*/metrics.jsonl``,
+            ``inspection.jsonl`` and ``figures/captions.json`` add to the report if they are there.
 
     Raises:
         CheckpointError: if this is no folder of a finished run, or one of its files is damaged.
@@ -91,11 +91,11 @@ def write_report(folder: Path) -> Path:
         rows=rows_of(results),
         decimals=DECIMALS,
         scores_svg=draw_scores(results, labels) if results.columns else "",
-        losses_svg=draw_losses([*metrics, *pooled], study.site_names, POOLED_SITE),
+        losses_svg=draw_losses([*metrics, *pooled], (*study.site_names, ALL_SITES), POOLED_SITE),
         has_pooled_loss=bool(pooled),
         pictures=_pictures(folder / "figures"),
         facts=_facts(study, results),
-        held_out=_held_out_images(metrics),
+        held_out=_held_out_images([*metrics, *_metrics(folder / "inspection.jsonl")]),
         study_text=_study_text(study),
         versions=_versions(),
         not_measured=_not_measured(study),
@@ -217,7 +217,9 @@ def _listed(names: Any) -> str:
 
 def _held_out_images(metrics: list[dict[str, Any]]) -> dict[str, int]:
     """Images that each site was evaluated on."""
-    return {line["site"]: line["num_examples"] for line in metrics if line["event"] == "evaluate"}
+    return {
+        line["site"]: line["num_examples"] for line in metrics if line["event"] == "evaluate" and "num_examples" in line
+    }
 
 
 def _study_text(study: StudyConfig) -> str:

@@ -68,6 +68,7 @@ class PrivacyStatement(BaseModel):
 
     Attributes:
         promise: unit, adjacency and where the noise is added, in plain words; empty if nothing is private.
+        confidentiality: who sees what of an update, in plain words; empty if the server sees each as it is.
         warnings: what is not private, each a sentence, shown in red.
         sites: site -> what it spent; empty if nothing is private.
     """
@@ -75,6 +76,7 @@ class PrivacyStatement(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     promise: str
+    confidentiality: str = ""
     warnings: tuple[str, ...]
     sites: dict[str, SitePrivacy] = {}
 

@@ -18,12 +18,15 @@ from torch import Tensor
 from medfed.errors import AdapterMismatchError, RoundError
 from medfed.messages import Action, RoundInstruction
 from medfed.payload import decode_adapter, encode_adapter
-from medfed.study import StudyConfig
+from medfed.study import ALL_SITES, StudyConfig
 from medfed.tasks import task_of
 from server.checkpoint import Checkpoint, metrics_line, read_checkpoint, write_checkpoint, write_metrics
 from server.exchange import Exchange, exchange
+from server.secure_sums import SecureSums, SummedRound
 from strategies.registry import strategy_of
-from strategies.weighted_sum import aggregate
+from strategies.secure_channel import SecureChannel
+from strategies.strategy import Tree
+from strategies.weighted_sum import aggregate, statistics_of
 
 _log = logging.getLogger("medfed.server.rounds")
 
@@ -94,6 +97,9 @@ class _Loop:
         self._strategy = strategy_of(study.strategy)
         self._metric_names = task_of(study.task).metric_names
         self._node_of: dict[str, int] = {}
+        self._secure_sums: SecureSums | None = None
+        if study.sums_securely_in(federation.scope):
+            self._secure_sums = SecureSums(study, federation.scope, self._ask_sites, quorum=federation.quorum)
 
     def find_sites(self) -> dict[str, float]:
         """Ask every node who it is; learn the nodes of the federation's sites and their public weights.
@@ -127,6 +133,12 @@ class _Loop:
         phase = self._strategy.plan(number)
         upload_manifest = phase.upload_manifest(manifest)
         payload = encode_adapter(state.adapter_P, manifest)
+        if self._secure_sums is not None:
+            channel = SecureChannel.training(self._study, number, phase)
+            summed = self._secure_sums.sum("train", channel, payload)
+            assert summed.sum.update_P is not None
+            sums = statistics_of(phase, upload_manifest, summed.sum.update_P, summed.sum.weight)
+            return self._next(state, sums, [self._sum_line("train", number, summed)])
         answered = self._ask("train", self._nodes(self._federation.train_sites), number, payload)
         uploads: dict[str, Tensor] = {}
         for site, answer in answered.replies.items():
@@ -141,12 +153,17 @@ class _Loop:
                 f"{_reasons(missing, answered)}; correct them and resume."
             )
         sums = aggregate(phase, upload_manifest, uploads, state.weights, self._federation.train_sites)
-        tree = self._strategy.post(number, manifest.unflatten(state.adapter_P), sums)
         lines = [
             self._line("train", number, site, answered.replies[site].reply.metrics)
             for site in self._federation.train_sites
             if site in uploads
         ]
+        return self._next(state, sums, lines)
+
+    def _next(self, state: Checkpoint, sums: Tree, lines: Sequence[str]) -> Checkpoint:
+        """The state after a round whose statistics are these."""
+        number, manifest = state.round + 1, self._study.resolved_manifest
+        tree = self._strategy.post(number, manifest.unflatten(state.adapter_P), sums)
         return replace(state, round=number, adapter_P=manifest.flatten(dict(tree)), metrics=(*state.metrics, *lines))
 
     def evaluated(self, state: Checkpoint) -> Checkpoint:
@@ -158,6 +175,10 @@ class _Loop:
         if self._study.withholds_evaluation or not self._federation.evaluate_sites:
             return state
         payload = encode_adapter(state.adapter_P, self._study.resolved_manifest)
+        if self._secure_sums is not None:
+            channel = SecureChannel.evaluation(self._study, state.round)
+            summed = self._secure_sums.sum("evaluate", channel, payload)
+            return replace(state, metrics=(*state.metrics, self._sum_line("evaluate", state.round, summed)))
         sites = self._federation.evaluate_sites
         answered = self._ask("evaluate", self._nodes(sites), state.round, payload)
         if missing := [site for site in sites if site not in answered.replies]:
@@ -172,13 +193,32 @@ class _Loop:
         ]
         return replace(state, metrics=(*state.metrics, *lines))
 
+    def _sum_line(self, event: str, number: int, summed: SummedRound) -> str:
+        """What a sum over sites tells, under the name that stands for all of them."""
+        for site, why in summed.failures.items():
+            _log.warning("event=missing round=%d site=%s why=%s", number, site, why)
+        return self._line(event, number, ALL_SITES, {"num_sites": len(summed.sites), **summed.sum.metrics})
+
     def _line(self, event: str, number: int, site: str, metrics: Mapping[str, float]) -> str:
         return metrics_line(event=event, scope=self._federation.scope, round=number, site=site, **metrics)
 
     def _nodes(self, sites: Sequence[str]) -> dict[int, str | None]:
         return {self._node_of[site]: site for site in sites}
 
-    def _ask(self, action: Action, nodes: Mapping[int, str | None], number: int, adapter: bytes) -> Exchange:
+    def _ask_sites(
+        self, action: Action, sites: Sequence[str], number: int, adapter: bytes, secure: Mapping[str, bytes]
+    ) -> Exchange:
+        by_node = {self._node_of[site]: secure[site] for site in sites}
+        return self._ask(action, self._nodes(sites), number, adapter, by_node)
+
+    def _ask(
+        self,
+        action: Action,
+        nodes: Mapping[int, str | None],
+        number: int,
+        adapter: bytes,
+        secure: Mapping[int, bytes] | bytes = b"",
+    ) -> Exchange:
         instruction = RoundInstruction(study_digest=self._study.digest, round=number, scope=self._federation.scope)
         return exchange(
             self._grid,
@@ -189,6 +229,7 @@ class _Loop:
             adapter=adapter,
             deadline_s=self._study.rounds.deadline_s,
             metric_names=self._metric_names,
+            secure=secure,
         )
 
 

@@ -116,6 +116,8 @@ def _show(run: Run, console: Console) -> None:
     console.print(_table(results, column_labels(task.kind), part))
     if results.privacy.promise:
         console.print(results.privacy.promise, markup=False, highlight=False)
+    if results.privacy.confidentiality:
+        console.print(results.privacy.confidentiality, markup=False, highlight=False)
     for warning in results.privacy.warnings:
         console.print(warning, style="bold red", markup=False, highlight=False)
     console.print(results.cohort, markup=False, highlight=False)

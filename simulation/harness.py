@@ -33,6 +33,8 @@ from server.report import write_report
 from server.results import Results
 from simulation.arms import Arm, arms_of
 from simulation.cohort import STATEMENT, CohortRecipe, SiteRecipe, write_cohort
+from simulation.identities import store_identities, with_identities
+from simulation.inspection import inspect_sites
 from simulation.overlays import draw_overlays
 from simulation.privacy_summary import privacy_statement
 from simulation.progress import Reporter, Silent
@@ -112,13 +114,14 @@ def simulate(
     else:
         config = read_study(Path(str(study)))
         strategy_of(config.strategy)
-        resolved = resolve_study(calibrated(config), chosen)
+        resolved, identities = with_identities(calibrated(resolve_study(config, chosen)))
     model = adapted_model(resolved, chosen)
 
     manifests, provenance = _manifests(resolved, reporter)
     if resume is None:
         folder = new_run_folder(Path(out), resolved.name)
         store_study(folder, resolved)
+        store_identities(folder / "identities", identities)
     reporter.folder(folder)
     sites = _open_sites(folder, resolved, manifests, options.device)
     reporter.stage("reading cohorts")
@@ -185,7 +188,10 @@ def _recipe(study: StudyConfig) -> CohortRecipe:
             seed=study.seed,
             structures=study.task.classes if study.task.kind == "segmentation" else (),
             images_per_patient=study.cohort.images_per_patient,
-            sites=tuple(SiteRecipe(**site.model_dump(exclude={"data"}, exclude_none=True)) for site in study.sites),
+            sites=tuple(
+                SiteRecipe(**site.model_dump(exclude={"data", "signing_key", "box_key"}, exclude_none=True))
+                for site in study.sites
+            ),
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -206,6 +212,8 @@ def _open_sites(folder: Path, study: StudyConfig, manifests: Mapping[str, Path],
             "cohorts": {arm.scope: arm.scope for arm in arms_of(study, baselines=True)},
             "ledgers": folder / "ledgers",
             "ledger_key": _ledger_key(folder / "ledgers" / "ledger.key"),
+            "identities": folder / "identities",
+            "journals": folder / "journals",
             # Draws may be repeated where the patients are made up, and nowhere else.
             "noise_seed": None if study.cohort is None else study.seed,
             "sites": tuple(virtual),
@@ -223,7 +231,7 @@ def _policy(study: StudyConfig) -> SitePolicy:
 
     An interrupted round is spent, and the report says so; a cap of one study alone would end the run there.
     """
-    plan = None if study.privacy is None else PrivacyPlan.of(study.privacy, num_rounds=study.rounds.num_rounds)
+    plan = None if study.privacy is None else PrivacyPlan.of_study(study)
     budget = None
     if plan is not None and plan.is_private:
         twice = [plan.mechanism(study.rounds.num_rounds)] * 2
@@ -252,7 +260,10 @@ def _write_results(
     if not study.withholds_evaluation:  # pictures show held-out patients
         draw_overlays(folder / "figures", study, sites, model, final.adapter_P)
     task = task_of(study.task)
-    table, mean, worst = compare(study, {arm.scope: metrics_of(arm.folder(folder)) for arm in arms}, task.primary)
+    metrics = {arm.scope: metrics_of(arm.folder(folder)) for arm in arms}
+    if study.sums_securely:
+        metrics["federated"] = inspect_sites(folder, study, sites, model, final.adapter_P)
+    table, mean, worst = compare(study, metrics, task.primary)
     summary = Results(
         run_dir=str(folder),
         study=study.name,

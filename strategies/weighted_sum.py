@@ -35,7 +35,18 @@ def aggregate(
     total_P = torch.zeros(manifest.num_elements, dtype=torch.float64)
     for site in present:
         total_P.add_(uploads[site], alpha=weights[site])
-    sum_of_weights = sum(weights[site] for site in present)
+    return statistics_of(phase, manifest, total_P, sum(weights[site] for site in present))
+
+
+def statistics_of(phase: Phase, manifest: AdapterManifest, total_P: Tensor, sum_of_weights: float) -> dict[str, Tensor]:
+    """The phase's statistics from the weighted sum over sites: all that secure aggregation lets the server see.
+
+    Args:
+        phase: the round's plan.
+        manifest: the phase's upload manifest.
+        total_P: sum of weight times upload, float64, shape (P,).
+        sum_of_weights: over the same sites.
+    """
     tensors = {name: tensor.double() for name, tensor in zip(_names(manifest), _split(total_P, manifest), strict=True)}
     means = {stat.name for stat in phase.stats if stat.reduce == "mean"}
     return {

@@ -177,6 +177,8 @@ def open_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
             "cohorts": {"federated": "federated"},
             "ledgers": str(tmp_path / "ledgers"),
             "ledger_key": str(key),
+            "identities": str(tmp_path / "identities"),
+            "journals": str(tmp_path / "journals"),
             "noise_seed": noise_seed,
             "sites": [{"name": site.name, "manifests": [str(site.data)]} for site in study.sites],
         }

@@ -25,7 +25,10 @@ from mutmut.runners.harness import PytestRunner
 from mutmut.state import state
 from mutmut.utils.format_utils import mangled_name_from_mutant_name
 
-MECHANISM = ("sampling", "noise", "clipping", "randomness", "plan", "accounting")  # each has a test file of its own
+MECHANISM = (  # each has a test file of its own
+    "sampling", "noise", "clipping", "randomness", "plan", "accounting",
+    "renyi", "skellam", "skellam_accounting", "integer_clipping",
+)  # fmt: skip
 
 
 def mutate_decorated_functions() -> None:

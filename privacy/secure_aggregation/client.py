@@ -5,10 +5,14 @@ processes at once, this site
 
 * masks one vector in a slot of an epoch, ever;
 * agrees to one set of survivors in a slot, ever, which has ``min_sites`` members or more;
-* gives of each other site a share of its own mask's seed or of its round key, never of both.
+* gives of each other site a share of its own mask's seed or of its round key, never of both;
+* gives shares of round keys only when every survivor is proved to have masked its vector for this very round.
 
-As two sets of survivors cannot both have ``threshold`` votes (2 t > n + c), the server never gets enough shares
-of both secrets of one site, and without both nothing but the sum of the survivors can be computed.
+As two sets of survivors cannot both have ``threshold`` votes (2 t > n + c), round keys of one set of missing sites
+are opened in a slot, at most, and never with the seed of the same site. The survivors, having masked for just
+that round, share pair masks that nobody can open, so nothing but the sum over all of them can be computed. (Without
+the proof, a site that was told of a smaller round, over itself, the corrupt and the missing, could be named a
+survivor of a larger one: both its own mask and all its pair masks would be opened.)
 """
 
 from __future__ import annotations
@@ -315,12 +319,13 @@ class SecureClient:
         """Shares that open the sum over the survivors and nothing else; the round's secrets are destroyed.
 
         Raises:
-            SecureAggregationError: if the survivors are not all sites of the round and fewer than ``threshold``
-                members voted for just them; and as :meth:`vote`.
+            SecureAggregationError: if the survivors are not all sites of the round, and fewer than ``threshold``
+                members voted for just them or one is not proved to have uploaded; and as :meth:`vote`.
         """
         start, survivors = request.start, request.survivors
         if survivors != start.sites or request.votes:
             self._check_votes(request)
+            self._check_uploads(request)
         round_id = self._agreed(start, survivors)
         dealt = self._secrets(start).by_site()
         shares = tuple(dealt[site].seed_share if site in survivors else dealt[site].key_share for site in start.sites)
@@ -431,6 +436,21 @@ class SecureClient:
             raise SecureAggregationError(
                 f"Expected votes of at least {plan.threshold} sites for these survivors, got {len(voters)}."
             )
+
+    def _check_uploads(self, request: OpenRequest) -> None:
+        round_id = self._round_id(request.start)
+        if tuple(upload.site for upload in request.uploads) != request.survivors:
+            raise SecureAggregationError(
+                f"Expected proof that each survivor uploaded, {', '.join(request.survivors)}, got that of "
+                f"{', '.join(upload.site for upload in request.uploads) or 'none'}."
+            )
+        for upload in request.uploads:
+            if not self._plan.member(upload.site).has_signed(
+                upload.signature, "masked", round_id, upload.vector_digest
+            ):
+                raise SecureAggregationError(
+                    f"Expected proof that {upload.site!r} masked a vector for this round, got none that it signed."
+                )
 
 
 def _dealt(bodies: Mapping[str, SetupBody], opened: Mapping[str, bytes], slot: int) -> tuple[_Dealt, ...]:

@@ -28,6 +28,7 @@ KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
 _RAW = (serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+_ANY_KEY = X25519PrivateKey.from_private_bytes(bytes(32))
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,15 @@ def shared_secret(key: X25519PrivateKey, public_key: bytes) -> bytes:
         return key.exchange(X25519PublicKey.from_public_bytes(public_key))
     except ValueError as error:
         raise SecureAggregationError(f"Expected an X25519 public key, got one that gives no secret: {error}") from None
+
+
+def gives_secrets(public_key: bytes) -> bool:
+    """Whether an X25519 public key is of large order: every private key is a multiple of the cofactor."""
+    try:
+        shared_secret(_ANY_KEY, public_key)
+    except SecureAggregationError:
+        return False
+    return True
 
 
 def derived_key(secret: bytes, label: str, *context: bytes) -> bytes:

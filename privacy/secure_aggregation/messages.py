@@ -10,7 +10,7 @@ message                 from -> to         says
 :class:`Masked`         site -> server     the masked vector
 :class:`VoteRequest`    server -> site     these are the survivors: do you agree?
 :class:`Vote`           site -> server     yes, and to no other set in this round
-:class:`OpenRequest`    server -> site     these are the survivors, and the votes for them
+:class:`OpenRequest`    server -> site     these are the survivors, their votes, and proof that they uploaded
 :class:`Shares`         site -> server     of a survivor a share of its own mask, of others of their key
 ======================  =================  ==========================================================
 """
@@ -147,9 +147,24 @@ class Masked(WireMessage):
     vector: Annotated[bytes, BYTES]
 
     @staticmethod
-    def signed_fields(round_id: bytes, vector: bytes) -> tuple[bytes, ...]:
+    def signed_fields(round_id: bytes, vector: bytes) -> tuple[bytes, bytes]:
         """What the signature covers."""
         return round_id, hashlib.sha256(vector).digest()
+
+
+@dataclass(frozen=True)
+class Upload(WireMessage):
+    """Proof that a site masked a vector for a round, and so for no other of the same slot.
+
+    Attributes:
+        site: whose vector.
+        vector_digest: SHA-256 of it.
+        signature: of the :class:`Masked` message.
+    """
+
+    site: Annotated[str, SITE]
+    vector_digest: Annotated[bytes, DIGEST]
+    signature: Annotated[bytes, SIGNATURE]
 
 
 @dataclass(frozen=True)
@@ -171,11 +186,21 @@ class Vote(WireMessage):
 
 @dataclass(frozen=True)
 class OpenRequest(WireMessage):
-    """Asks for shares. Without votes (M4a) the survivors must be all sites of the round; with them (M5) any set."""
+    """Asks for shares.
+
+    Attributes:
+        start: of the round.
+        survivors: whose vectors are in the sum, in the order of the members. Without votes (M4a) they must be all
+            sites of the round, with votes (M5) they may be fewer.
+        votes: for these survivors; none in M4a.
+        uploads: of each survivor, in their order, in M5: a survivor that masked its vector for another round of
+            the slot would be stripped of its own mask, and of its pair masks with the missing, in that round.
+    """
 
     start: Annotated[RoundStart, nested(RoundStart)]
     survivors: Annotated[tuple[str, ...], SITES]
     votes: Annotated[tuple[Vote, ...], many(nested(Vote))] = ()
+    uploads: Annotated[tuple[Upload, ...], many(nested(Upload))] = ()
 
 
 @dataclass(frozen=True)

@@ -5,61 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from medfed.consortium import Quorum
 from medfed.errors import SecureAggregationError
+from medfed.study import StudyConfig
 from privacy.secure_aggregation.framing import digest, frame, number
 from privacy.secure_aggregation.identity import Member
-
-MAX_SITES = 128
-"""Every pair of sites shares a mask: beyond this the work per site calls for a sparser graph."""
-
-
-def smallest_threshold(num_sites: int, max_colluding: int) -> int:
-    """The smallest t with 2 t > n + c: two different sets of survivors cannot both get t votes."""
-    return (num_sites + max_colluding) // 2 + 1
-
-
-def smallest_sum(threshold: int, max_colluding: int) -> int:
-    """The fewest sites that may be summed, max(t, c + 2): at least two honest ones, so that no one is alone."""
-    return max(threshold, max_colluding + 2)
-
-
-def check_numbers(*, num_sites: int, max_colluding: int, threshold: int, min_sites: int) -> None:
-    """Refuse numbers with which the protocol promises nothing, or can never finish.
-
-    Raises:
-        SecureAggregationError: names the inequality, the numbers, and the nearest valid value.
-    """
-    n, c, t, k = num_sites, max_colluding, threshold, min_sites
-    if not 3 <= n <= MAX_SITES:
-        raise SecureAggregationError(
-            f"Expected 3 to {MAX_SITES} sites, got {n}; with two, each knows the other's update from the sum."
-        )
-    if c < 0:
-        raise SecureAggregationError(f"Expected max_colluding >= 0, got {c}; 0 means that no site helps the server.")
-    if c + 2 > n:
-        raise SecureAggregationError(
-            f"Expected max_colluding c with c + 2 <= n = {n} sites, got {c}; set max_colluding to at most {n - 2}."
-        )
-    least = smallest_threshold(n, c)
-    if 2 * t <= n + c:
-        raise SecureAggregationError(
-            f"Expected threshold t with 2 t > n + c = {n} + {c}, got {t}: two sets of survivors could both be opened; "
-            f"set threshold to at least {least}, or max_colluding to at most {max(0, 2 * t - n - 1)}."
-        )
-    if t > n:
-        raise SecureAggregationError(
-            f"Expected threshold t <= n = {n} sites, got {t}: no round could end; set threshold to {least}..{n}."
-        )
-    if k < smallest_sum(t, c):
-        raise SecureAggregationError(
-            f"Expected min_sites >= max(threshold, max_colluding + 2) = max({t}, {c + 2}), got {k}; set min_sites to "
-            f"at least {smallest_sum(t, c)}."
-        )
-    if k > n:
-        raise SecureAggregationError(
-            f"Expected min_sites <= n = {n} sites, got {k}: no round could end; set min_sites to "
-            f"{smallest_sum(t, c)}..{n}."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +31,8 @@ class SecureAggregationPlan:
         rounds_per_epoch: sums that one setup serves.
 
     Raises:
-        SecureAggregationError: see :func:`check_numbers`; also if two members share a name or a key.
+        SecureAggregationError: if the numbers contradict each other (:class:`medfed.consortium.Quorum`), or two
+            members share a name or a key.
     """
 
     study_digest: bytes
@@ -93,7 +44,7 @@ class SecureAggregationPlan:
     rounds_per_epoch: int
 
     def __post_init__(self) -> None:
-        check_numbers(
+        Quorum(
             num_sites=len(self.members),
             max_colluding=self.max_colluding,
             threshold=self.threshold,
@@ -109,6 +60,34 @@ class SecureAggregationPlan:
             raise SecureAggregationError(
                 f"Expected rounds_per_epoch in 1..1024, got {self.rounds_per_epoch}; 32 suits most studies."
             )
+
+    @classmethod
+    def of_study(cls, study: StudyConfig, scope: str) -> SecureAggregationPlan:
+        """The plan that a resolved study with secure aggregation stands for; the same at every site.
+
+        Raises:
+            SecureAggregationError: if the study names no keys for a site.
+            StudyError: if secure aggregation is not enabled.
+        """
+        quorum, secure = study.secure_quorum, study.secure_aggregation
+        assert secure is not None
+        members = []
+        for site in study.sites:
+            if site.signing_key is None or site.box_key is None:
+                raise SecureAggregationError(
+                    f"Expected signing_key and box_key of site {site.name!r} in the study, got none; ask the site for "
+                    "the public keys of its identity."
+                )
+            members.append(Member(site.name, bytes.fromhex(site.signing_key), bytes.fromhex(site.box_key)))
+        return cls(
+            study_digest=bytes.fromhex(study.digest),
+            scope=scope,
+            members=tuple(members),
+            threshold=quorum.threshold,
+            max_colluding=quorum.max_colluding,
+            min_sites=quorum.min_sites,
+            rounds_per_epoch=secure.rounds_per_epoch,
+        )
 
     @cached_property
     def digest(self) -> bytes:

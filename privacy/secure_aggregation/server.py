@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from medfed.errors import SecureAggregationError
 from privacy.secure_aggregation.encoding import Ring, RingBits
 from privacy.secure_aggregation.framing import names, number
+from privacy.secure_aggregation.identity import gives_secrets
 from privacy.secure_aggregation.masking import add_mask
 from privacy.secure_aggregation.masks import add_pair_masks, own_mask_key
 from privacy.secure_aggregation.messages import (
@@ -31,6 +32,7 @@ from privacy.secure_aggregation.messages import (
     Setup,
     SetupBody,
     Shares,
+    Upload,
     Vote,
     VoteRequest,
 )
@@ -76,14 +78,18 @@ class SetupPhase:
         self._setups: dict[str, Setup] = {}
         self._bodies: dict[str, SetupBody] = {}
         self._accepted: dict[str, tuple[str, ...]] = {}
+        self._is_closed = False
 
     def add(self, setup: Setup) -> str:
         """Take a site's setup and return its name.
 
         Raises:
-            SecureAggregationError: if it is not this epoch's, not signed by the member it names, or a second one.
+            SecureAggregationError: if it is not this epoch's, not signed by the member it names, a second one, or
+                too late: setups were relayed.
         """
         plan, body = self._plan, SetupBody.parse(setup.body)
+        if self._is_closed:
+            raise SecureAggregationError(f"Expected setups before any was relayed, got that of {body.site!r} late.")
         member = plan.member(body.site)
         got = (body.plan, body.epoch, len(body.round_keys), len(body.commitments), len(setup.boxes))
         if got != (plan.digest, self._epoch, plan.rounds_per_epoch, plan.rounds_per_epoch, len(plan.members)):
@@ -94,11 +100,16 @@ class SetupPhase:
             raise SecureAggregationError(f"Expected a setup that {body.site!r} signed, got another signature.")
         if body.box_digests != tuple(sha256(box).digest() for box in setup.boxes):
             raise SecureAggregationError(f"Expected the boxes that {body.site!r} signed, got others.")
+        if not all(gives_secrets(key) for key in body.round_keys):
+            raise SecureAggregationError(
+                f"Expected round keys of {body.site!r} that give secrets, got one of small order: with it no site "
+                "could mask; leave the site out."
+            )
         self._setups[body.site], self._bodies[body.site] = setup, body
         return body.site
 
     def relay_to(self, site: str) -> Relay:
-        """What a site is shown of all setups that were taken so far.
+        """What a site is shown of all setups that were taken; no more are.
 
         Raises:
             SecureAggregationError: if fewer than ``min_sites`` sent one.
@@ -108,6 +119,7 @@ class SetupPhase:
                 f"Expected setups of at least {self._plan.min_sites} sites, got {len(self._setups)}: "
                 f"{', '.join(self._setups)}; begin again when more sites are there."
             )
+        self._is_closed = True  # sites that were shown others would refuse every round
         index = self._plan.index(site)
         ordered = self._plan.in_order(set(self._setups))
         setups = [self._setups[name] for name in ordered]
@@ -118,10 +130,12 @@ class SetupPhase:
         """Take a site's acceptance and its complaints.
 
         Raises:
-            SecureAggregationError: if it is for another epoch, or the site did not sign it.
+            SecureAggregationError: if it is for another epoch, the site did not sign it, or it sent no setup.
         """
         member = self._plan.member(acceptance.site)
         signed = (self._plan.digest, number(acceptance.epoch), names(acceptance.complaints))
+        if acceptance.site not in self._bodies:
+            raise SecureAggregationError(f"Expected {acceptance.site!r} to accept after its own setup, got none of it.")
         if acceptance.epoch != self._epoch or not member.has_signed(acceptance.signature, "acceptance", *signed):
             raise SecureAggregationError(f"Expected the acceptance of {acceptance.site!r}, got one it did not sign.")
         self._accepted[acceptance.site] = acceptance.complaints
@@ -167,8 +181,10 @@ class SecureSum:
         self._epoch = epoch
         self._plan = epoch.plan
         self._round_id = start.round_id(tuple(epoch.body_digests[site] for site in start.sites))
-        self._total_P: Ring = np.zeros(num_elements, np.uint32) if ring_bits == 32 else np.zeros(num_elements, np.uint64)
-        self._uploaded: set[str] = set()
+        self._total_P: Ring = (
+            np.zeros(num_elements, np.uint32) if ring_bits == 32 else np.zeros(num_elements, np.uint64)
+        )
+        self._uploads: dict[str, Upload] = {}
         self._closed = False
         self._votes: dict[str, Vote] = {}
         self._shares: dict[str, Shares] = {}
@@ -182,7 +198,7 @@ class SecureSum:
         """
         if self._closed:
             raise SecureAggregationError(f"Expected vectors before the survivors were named, got {masked.site!r} late.")
-        if masked.site not in self.start.sites or masked.site in self._uploaded:
+        if masked.site not in self.start.sites or masked.site in self._uploads:
             raise SecureAggregationError(f"Expected one vector of each site of the round, got one of {masked.site!r}.")
         fields = Masked.signed_fields(self._round_id, masked.vector)
         if masked.round_id != self._round_id or not self._plan.member(masked.site).has_signed(
@@ -195,12 +211,12 @@ class SecureSum:
             )
         vector_P = np.frombuffer(masked.vector, dtype=self._total_P.dtype.newbyteorder("<"))
         np.add(self._total_P, vector_P, out=self._total_P)
-        self._uploaded.add(masked.site)
+        self._uploads[masked.site] = Upload(masked.site, fields[1], masked.signature)
 
     @property
     def survivors(self) -> tuple[str, ...]:
         """The sites whose vectors are in the sum, in order."""
-        return self._plan.in_order(self._uploaded)
+        return self._plan.in_order(set(self._uploads))
 
     @property
     def needs_votes(self) -> bool:
@@ -214,10 +230,10 @@ class SecureSum:
             SecureAggregationError: if they are fewer than ``min_sites``: no site would help to open the sum.
         """
         self._closed = True
-        if len(self._uploaded) < self._plan.min_sites:
-            missing = [site for site in self.start.sites if site not in self._uploaded]
+        if len(self._uploads) < self._plan.min_sites:
+            missing = [site for site in self.start.sites if site not in self._uploads]
             raise SecureAggregationError(
-                f"Expected vectors of at least {self._plan.min_sites} sites, got {len(self._uploaded)}; missing: "
+                f"Expected vectors of at least {self._plan.min_sites} sites, got {len(self._uploads)}; missing: "
                 f"{', '.join(missing)}. Nothing of the round can be opened; begin another."
             )
 
@@ -253,7 +269,8 @@ class SecureSum:
                 f"Expected votes of at least {self._plan.threshold} sites, got {len(self._votes)}; nothing of the "
                 "round can be opened. Begin another."
             )
-        return OpenRequest(self.start, self.survivors, tuple(self._votes.values()))
+        uploads = tuple(self._uploads[site] for site in self.survivors)
+        return OpenRequest(self.start, self.survivors, tuple(self._votes.values()), uploads)
 
     def add_shares(self, shares: Shares) -> None:
         """Take a site's shares; whether they are right shows when the sum is opened.
@@ -344,7 +361,7 @@ class SecureSum:
 
     def _is_committed(self, site: str, secret: bytes) -> bool:
         setup, slot = self._epoch.setups[site], self.start.slot
-        if site in self._uploaded:
+        if site in self._uploads:
             return sha256(secret).digest() == setup.commitments[slot]
         key = X25519PrivateKey.from_private_bytes(secret).public_key()
         return key.public_bytes(*_RAW_PUBLIC) == setup.round_keys[slot]

@@ -50,7 +50,7 @@ def test_refusal_carries_the_kind_of_error_and_none_of_its_text(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(serve, "_study_and_model", fail)
+    monkeypatch.setattr(serve, "study_and_model", fail)
     reply = ask(study)
     refusal = header_of(reply).refusal
     assert refusal is not None

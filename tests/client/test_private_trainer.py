@@ -53,7 +53,7 @@ class World:
     @property
     def plan(self) -> PrivacyPlan:
         assert self.study.privacy is not None
-        return PrivacyPlan.of(self.study.privacy, num_rounds=self.study.rounds.num_rounds)
+        return PrivacyPlan.of_study(self.study)
 
     def patients(self, *sizes: int) -> tuple[Unit, ...]:
         """Units of so many images each, from the first image on."""

@@ -1,5 +1,6 @@
 """``medfed site ledger``: what was spent, in words a hospital can check, and whether the chain is whole."""
 
+import dataclasses
 import json
 import shutil
 import sqlite3
@@ -15,6 +16,7 @@ from privacy.accounting import Mechanism, epsilon_spent
 from privacy.ledger import PrivacyLedger
 from privacy.ledger_entry import Cap, Charge
 from privacy.ledger_key import public_pem
+from privacy.skellam_accounting import SkellamMechanism
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 CAP = Cap(epsilon=20.0, delta=1e-6, unit="patient")
@@ -101,7 +103,8 @@ def test_table_shows_each_study_and_that_the_chain_is_whole(ledgers: Path, run: 
     assert f"lesions 1-2, 4 8 4 1 {alone:.3f} {alone:.3f} 2 sent" in lines
     assert f"nodules 1 4 8 1 {other:.3f} {together:.3f} unsettled" in lines
     assert "abababab federated 1 failed" in lines
-    assert "1 unsettled" in lines
+    assert "gaussian 1 unsettled" in lines
+    assert lines.count("gaussian") == 1
     assert any(line.startswith("chain of 9 entries verified, ends with ") for line in lines)
     assert "0.123456" not in shown
 
@@ -117,6 +120,27 @@ def test_every_charge_can_be_listed(ledgers: Path, run: Run) -> None:
     ]
 
 
+def test_shared_noise_is_told_from_a_sites_own(tmp_path: Path, run: Run) -> None:
+    ledger = PrivacyLedger.open(tmp_path / "ledgers" / "north.sqlite", KEY, clock=lambda: 1_767_225_600.0)
+    shared = SkellamMechanism(6.2244, 0.2, 1, 10528, 50_000)
+    ledger.reserve(charge(1), CAP)
+    for round in (1, 2):
+        ledger.reserve(dataclasses.replace(charge(round, study="nodules"), mechanism=shared), CAP)
+    together = epsilon_spent([LESIONS, dataclasses.replace(shared, steps=2)], 1e-6).value
+    lines = [" ".join(line.split()) for line in run(tmp_path).splitlines()]
+    assert any(line.startswith(f"cohort chest-2024: epsilon {together:.3f} of 20 spent") for line in lines)
+    assert any(line.startswith("nodules 1-2 2 6.2244 0.2 ") for line in lines)
+    assert [line for line in lines if line in ("gaussian", "skellam, shared")] == ["gaussian", "skellam, shared"]
+    listed = [" ".join(line.split()) for line in run(tmp_path, "--rounds").splitlines()]
+    assert "3 2026-01-01 00:00 nodules 1 1 6.2244 0.2 unsettled" in listed
+    assert listed.count("skellam, shared") == 2
+    (cohort,) = json.loads(run(tmp_path, "--json"))["ledgers"][0]["cohorts"]
+    assert cohort["epsilon"] == together
+    assert [one["noise"] for study in cohort["studies"] for one in study["charges"]] == [
+        "gaussian", "skellam, shared", "skellam, shared"
+    ]  # fmt: skip
+
+
 def test_json_is_one_object_with_everything(ledgers: Path, run: Run) -> None:
     result = json.loads(run(ledgers / "north.sqlite", "--json"))
     (ledger,) = result["ledgers"]
@@ -130,8 +154,8 @@ def test_json_is_one_object_with_everything(ledgers: Path, run: Run) -> None:
     assert cohort["epsilon"] == nodules["epsilon_after"] > lesions["epsilon_after"] == lesions["epsilon_alone"]
     assert [one["outcome"] for one in lesions["charges"]] == ["sent", "unsettled", "failed", "sent"]
     assert lesions["charges"][0] == {
-        "entry": 2, "time": "2026-01-01T00:00:00+00:00", "round": 1, "steps": 2, "noise_multiplier": 4.0,
-        "sampling_rate": 1.0, "clip_norm": 1.0, "delta": 1e-5, "outcome": "sent",
+        "entry": 2, "time": "2026-01-01T00:00:00+00:00", "round": 1, "steps": 2, "noise": "gaussian",
+        "noise_multiplier": 4.0, "sampling_rate": 1.0, "clip_norm": 1.0, "delta": 1e-5, "outcome": "sent",
     }  # fmt: skip
 
 

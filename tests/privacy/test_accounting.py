@@ -16,6 +16,7 @@ from scipy.stats import norm
 from medfed.errors import PrivacyError
 from privacy import accounting
 from privacy.accounting import Epsilon, Mechanism, calibrate_noise, epsilon_spent
+from privacy.renyi import epsilon_of_renyi
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "epsilon.json").read_text())["rows"]
 DELTA = 1e-5
@@ -174,6 +175,13 @@ def test_epsilon_grows_with_steps_and_rate_and_falls_with_noise_and_delta(z: flo
 def test_two_thirds_of_the_noise_costs_visibly_more(sampling_rate: float) -> None:
     right = epsilon_spent([Mechanism(3.0, sampling_rate, 20)], DELTA).value
     assert epsilon_spent([Mechanism(2.0, sampling_rate, 20)], DELTA).value > 1.4 * right
+
+
+@pytest.mark.parametrize("mechanism", [Mechanism(4.0, 1.0, 20), Mechanism(1.2, 0.05, 100), Mechanism(5.7971, 0.2, 200)])
+def test_renyi_curve_bounds_the_same_steps_from_above(mechanism: Mechanism) -> None:
+    of_curve, order = epsilon_of_renyi(mechanism.steps * mechanism.renyi(), DELTA)
+    assert 1.02 < of_curve / epsilon_spent([mechanism], DELTA).value < 1.25
+    assert order > 2
 
 
 def test_the_larger_of_two_bounds_counts() -> None:

@@ -20,6 +20,7 @@ from privacy.ledger import PrivacyLedger, Reservation
 from privacy.ledger_entry import Cap, Charge, Opened, Reserved, Settled, signed_entry
 from privacy.ledger_store import append_entry, transaction
 from privacy.ledger_view import LedgerView
+from privacy.skellam_accounting import SkellamMechanism
 
 MakeCharge = Callable[..., Charge]
 
@@ -153,6 +154,34 @@ def test_epsilon_is_the_accountants_for_all_charges_at_the_caps_delta(
     assert ledger.spent("nobody", 1e-6).value == 0
     with pytest.raises(BudgetError, match=f"Spent so far: {exactly.value:.6g}; no more"):
         ledger.reserve(make_charge(3, mechanism=Mechanism(4.0, 1.0, 1)), cap)
+
+
+def test_cap_holds_for_gaussian_and_shared_noise_together(
+    path: Path, key: Ed25519PrivateKey, make_charge: MakeCharge
+) -> None:
+    ledger = PrivacyLedger.open(path, key)
+    alone, shared = Mechanism(6.0, 0.5, 3), SkellamMechanism(5.0, 0.2, 1, 2**13, 50_000)
+    both = epsilon_spent([alone, dataclasses.replace(shared, steps=4)], 1e-6).value
+    assert both > 1.1 * epsilon_spent([alone], 1e-6).value
+    cap = Cap(epsilon=both, delta=1e-6, unit="patient")
+    ledger.reserve(make_charge(1, mechanism=alone), cap)
+    for round in (2, 3):
+        ledger.reserve(make_charge(round, mechanism=shared), cap)
+    spent = epsilon_spent([alone, shared, shared], 1e-6).value
+    with pytest.raises(BudgetError) as refused:
+        ledger.reserve(make_charge(4, mechanism=dataclasses.replace(shared, steps=9)), cap)
+    assert "9 steps at noise multiplier 5 (skellam, shared) and sampling rate 0.2" in str(refused.value)
+    assert f"Spent so far: {spent:.6g}; 2 more such steps fit." in str(refused.value)
+    with pytest.raises(BudgetError, match=r"at noise multiplier 6 and sampling rate 0.5"):
+        ledger.reserve(make_charge(4, mechanism=alone), cap)
+    ledger.reserve(make_charge(4, mechanism=dataclasses.replace(shared, steps=2)), cap)
+    with pytest.raises(BudgetError, match="no more such steps fit"):
+        ledger.reserve(make_charge(5, mechanism=shared), cap)
+    successor = PrivacyLedger.open(path, key)
+    assert successor.spent("chest-2024", 1e-6).value == both
+    assert [charge.charge.mechanism for charge in successor.charges("chest-2024")] == [
+        alone, shared, shared, dataclasses.replace(shared, steps=2)
+    ]  # fmt: skip
 
 
 def test_reply_is_kept_byte_for_byte_until_the_next_one(

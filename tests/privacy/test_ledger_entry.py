@@ -14,8 +14,11 @@ from medfed.canonical import canonical_bytes
 from medfed.errors import PrivacyError
 from privacy.accounting import Mechanism
 from privacy.ledger_entry import NO_DIGEST, Cap, Charge, Reserved, Settled, read_body, signed_entry
+from privacy.skellam_accounting import SkellamMechanism
 
 MakeCharge = Callable[..., Charge]
+
+SHARED = SkellamMechanism(6.2244, 0.2, 1, 10528, 50_000)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +84,65 @@ def test_body_is_read_back_as_it_was_written(
         entry = signed_entry(body, NO_DIGEST, key)
         assert read_body(entry.body) == body
         assert canonical_bytes(body.model_dump(mode="json")) == entry.body
+
+
+@given(
+    steps=st.integers(1, 10**9),
+    noise=st.floats(1e-3, 1e3),
+    rate=st.floats(1e-9, 1.0),
+    l2_bound=st.integers(1, 2**30),
+    num_parameters=st.integers(1, 10**9),
+)
+def test_charge_of_shared_noise_is_read_back_as_it_was_written(
+    key: Ed25519PrivateKey, make_charge: MakeCharge, cap: Cap,
+    steps: int, noise: float, rate: float, l2_bound: int, num_parameters: int,
+) -> None:  # fmt: skip
+    mechanism = SkellamMechanism(noise, rate, steps, l2_bound, num_parameters)
+    body = Reserved(sequence=2, time_ms=1, charge=make_charge(mechanism=mechanism), cap=cap)
+    entry = signed_entry(body, NO_DIGEST, key)
+    read = read_body(entry.body)
+    assert read == body
+    assert isinstance(read, Reserved)
+    assert isinstance(read.charge.mechanism, SkellamMechanism)
+    assert canonical_bytes(body.model_dump(mode="json")) == entry.body
+
+
+def test_charges_are_written_as_they_always_were(key: Ed25519PrivateKey, make_charge: MakeCharge, cap: Cap) -> None:
+    gaussian, shared = (
+        signed_entry(Reserved(sequence=2, time_ms=1, charge=charge, cap=cap), NO_DIGEST, key).body
+        for charge in (make_charge(), make_charge(mechanism=SHARED))
+    )
+    before, after = (
+        b'{"cap":{"delta":1e-05,"epsilon":10.0,"unit":"patient"},"charge":{"adjacency":"add-remove","clip_norm":1.0,'
+        b'"cohort":"chest-2024","delta":1e-05,"mechanism":{',
+        b'},"request_digest":"%s","round":1,"scope":"federated","study":"lesions","study_digest":"%s",'
+        b'"unit":"patient"},"kind":"reserve","sequence":2,"time_ms":1}' % (b"%064x" % 1, b"ab" * 32),
+    )
+    assert gaussian == before + b'"noise_multiplier":1.1,"sampling_rate":0.2,"steps":3' + after
+    assert shared == (
+        before
+        + b'"l2_bound":10528,"noise_multiplier":6.2244,"num_parameters":50000,"sampling_rate":0.2,"steps":1'
+        + after
+    )
+
+
+def test_mechanism_is_gaussian_or_shared_and_nothing_between(
+    key: Ed25519PrivateKey, make_charge: MakeCharge, cap: Cap
+) -> None:
+    charge = make_charge(mechanism=SHARED)
+    data = signed_entry(Reserved(sequence=2, time_ms=1, charge=charge, cap=cap), NO_DIGEST, key).body
+    assert read_body(data) is not None
+    for old, new in (
+        (b'"l2_bound":10528,', b""),
+        (b'"num_parameters":50000,', b""),
+        (b'"l2_bound":10528', b'"l2_bound":10528.5'),
+        (b'"l2_bound":10528', b'"l2_bound":0'),
+        (b'"l2_bound":10528', b'"l2_bound":true'),
+        (b'"l2_bound":10528', b'"l2_bound":"10528"'),
+        (b'"steps":1', b'"steps":1,"variance":1'),
+    ):
+        assert old in data
+        assert read_body(data.replace(old, new, 1)) is None
 
 
 def test_body_that_would_not_be_read_back_is_not_written(

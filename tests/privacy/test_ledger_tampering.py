@@ -31,6 +31,7 @@ from privacy.ledger_entry import (
 from privacy.ledger_head import Head, head_path, read_head, write_head
 from privacy.ledger_store import append_entry, entries_from, transaction
 from privacy.ledger_view import LedgerView, inspect_ledger
+from privacy.skellam_accounting import SkellamMechanism
 
 MakeCharge = Callable[..., Charge]
 Tamper = Callable[..., None]
@@ -243,6 +244,18 @@ def test_change_is_found_and_named(
     change(written, tamper)
     for said in every_way_to_read(written, key):
         assert says in said
+
+
+def test_shared_noise_that_became_a_sites_own_is_found(
+    ledger: PrivacyLedger, path: Path, key: Ed25519PrivateKey, make_charge: MakeCharge, cap: Cap, tamper: Tamper
+) -> None:
+    ledger.reserve(make_charge(1, mechanism=SkellamMechanism(6.2244, 0.2, 1, 10528, 50_000)), cap)
+    body = body_of(path, 2)
+    own = body.replace(b'"l2_bound":10528,', b"").replace(b'"num_parameters":50000,', b"")
+    assert len(own) < len(body)
+    set_body(path, tamper, 2, own)
+    for said in every_way_to_read(path, key):
+        assert "entry 2 (study 'lesions', round 1) to have the digest of its bytes" in said
 
 
 def test_unreadable_settlement_is_not_taken_for_the_entry_before(

@@ -328,7 +328,7 @@ def noise_on_the_wire(watched: Watched, study: StudyConfig) -> list[float]:
     """For each update, the standard deviation of what differs from the raw one, over what was promised."""
     assert study.privacy is not None
     manifest = stored_study(watched.folder).resolved_manifest
-    plan = PrivacyPlan.of(study.privacy, num_rounds=study.rounds.num_rounds)
+    plan = PrivacyPlan.of_study(study)
     promised = study.training.learning_rate * STEPS**0.5 * plan.noise_std / (plan.sampling_rate * DECLARED)
     updates = [decode_adapter(payload, manifest).double() for payload in watched.payloads()]
     return [

@@ -113,6 +113,8 @@ def make_site(folder: Path, name: str, *, empty_first=False, no_structure=False,
         cohorts={},
         ledger=folder / "ledger.sqlite",
         ledger_key=folder / "ledger.key",
+        identity=folder / "identity",
+        journal=folder / "journal",
         noise_seed=None,
     )
 

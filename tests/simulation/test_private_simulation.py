@@ -42,7 +42,7 @@ def checkpoint_of(folder: Path) -> Checkpoint:
 def plan_of(run: Run) -> PrivacyPlan:
     study = stored_study(run.folder)
     assert study.privacy is not None
-    return PrivacyPlan.of(study.privacy, num_rounds=study.rounds.num_rounds)
+    return PrivacyPlan.of_study(study)
 
 
 def outcomes(site: int = 0, scope: str = "federated") -> list[tuple[int, str | None]]:

@@ -53,7 +53,7 @@ def test_replies_hold_a_header_and_one_payload_and_name_no_patient_and_no_file(
     payload_bytes = HEADER_BYTES + 4 * manifest.num_elements
     sent, came = recorded
     assert len(sent) == len(came) > 20
-    seen: dict[str, set[int]] = {"header": set(), "adapter": set()}
+    seen: dict[str, set[int]] = {"header": set(), "adapter": set(), "secure": set()}
     for key, value in values_of(came):
         assert key in seen
         seen[key].add(len(value))
@@ -61,6 +61,7 @@ def test_replies_hold_a_header_and_one_payload_and_name_no_patient_and_no_file(
         for secret in (b"north-", b"south-", b".nii", str(tmp_path).encode()):
             assert secret not in text
     assert seen["adapter"] == {0, payload_bytes}
+    assert seen["secure"] == {0}
     assert max(seen["header"]) < 1000
     for key, value in values_of(came):
         if key == "header":
@@ -80,4 +81,4 @@ def test_instructions_hold_the_study_and_the_adapter_and_no_weights(
     payload_bytes = HEADER_BYTES + 4 * study.resolved_manifest.num_elements
     assert {size for key, size in sizes if key == "adapter"} == {0, payload_bytes}
     assert {size for key, size in sizes if key == "study"} == {len(study.canonical)}
-    assert {key for key, _ in sizes} == {"header", "study", "adapter"}
+    assert {key for key, _ in sizes} == {"header", "study", "adapter", "secure"}

@@ -1,0 +1,51 @@
+"""What a simulation may look at and a consortium may not: each site's own scores under secure aggregation.
+
+The server of a run with secure aggregation sees sums. Whoever simulates holds every virtual site anyway and wants
+to know how each fares, so its scores are computed beside the run, without a message.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from client.site import Site
+from client.trainer import evaluate_locally
+from medfed.models.adapted import AdaptedModel
+from medfed.study import StudyConfig
+from medfed.tasks import task_of
+from server.checkpoint import write_durably
+
+INSPECTION = "inspection.jsonl"
+
+
+def inspect_sites(
+    folder: Path, study: StudyConfig, sites: Sequence[Site], model: AdaptedModel, final_P: Tensor
+) -> list[dict[str, Any]]:
+    """Every site's scores before the first round and after the last, as lines of metrics; kept in the run folder.
+
+    Empty where held-out metrics are withheld, even from whoever simulates.
+    """
+    if study.withholds_evaluation:
+        return []
+    task, last = task_of(study.task), study.rounds.num_rounds
+    lines: list[dict[str, Any]] = []
+    for site in (site for site in sites if site.name in study.site_names):
+        held_out = site.cohort(study, model.pixels).test
+        for round_number, adapter_P in ((0, model.initial_P), (last, final_P)):
+            scores = evaluate_locally(
+                model,
+                task,
+                held_out,
+                adapter_P=adapter_P,
+                features=site.features,
+                batch_size=study.training.batch_size,
+            )
+            facts = {"event": "evaluate", "scope": "federated", "round": round_number, "site": site.name}
+            lines.append({**facts, "num_examples": len(held_out), **scores})
+    write_durably(folder / INSPECTION, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
+    return lines

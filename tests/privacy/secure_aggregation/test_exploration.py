@@ -1,0 +1,397 @@
+"""Every order of messages that a malicious server can send to the sites' real state machines, for small consortia.
+
+A site's life in a slot depends on its journal alone, and every call here is made by a new :class:`SecureClient` on
+a copy of a journal. So each site is explored by itself: from every journal that can be reached, every message of
+an alphabet is sent, and the process is killed at every file operation of the answer. What messages need of other
+sites (a vote, a proof that somebody uploaded) is noted, and only asked for when those sites are put together.
+
+Putting them together, one life of each honest site is chosen, in all combinations in which what a site was shown
+is what another one answered in its life (in any order: that is more than a server can do, so nothing is missed).
+What the server then knows, with the corrupt sites' shares and secrets, must open no sum of fewer honest sites than
+``min_sites - max_colluding``; and a site masks one vector in a round, once.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medfed.errors import SecureAggregationError
+from privacy.secure_aggregation.framing import names
+from privacy.secure_aggregation.identity import Member
+from privacy.secure_aggregation.journal import Journal
+from privacy.secure_aggregation.messages import OpenRequest, RoundStart, Upload, Vote, VoteRequest
+
+Fact = tuple[Any, ...]
+"""What a site answered: ("masked", site, round, vector), ("vote" or "shares", site, round, survivors)."""
+
+Files = tuple[tuple[str, bytes], ...]
+Steps = dict[Files, dict[tuple[Fact | None, Files], set[frozenset[Fact]]]]
+"""From a journal: what is answered (None if the process was killed), the journal after, and what that needs."""
+
+Sums = Callable[..., list[frozenset[str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """Something that the server may send to a site, and what it needs of other sites for it."""
+
+    kind: str
+    round: int
+    survivors: tuple[str, ...] = ()
+    vector: int = 0
+    request: OpenRequest | None = None
+    needs: frozenset[Fact] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Life:
+    """What a site answered, and what others answered for it to be asked so."""
+
+    answers: frozenset[Fact]
+    needs: frozenset[Fact]
+
+
+class Killed(BaseException):
+    """The process ended before a file operation."""
+
+
+class Explorer:
+    """All rounds that the server may speak of, and all that it may ask of a site."""
+
+    def __init__(self, consortium: Any, starts: list[RoundStart], *, num_corrupt: int) -> None:
+        self.consortium = consortium
+        self.plan = consortium.plan
+        self.starts = starts
+        self.corrupt = consortium.sites[:num_corrupt]
+        self.honest = consortium.sites[num_corrupt:]
+        self.round_ids = [consortium.round_id(start) for start in starts]
+        self.calls = 0
+        self.folder = consortium.folder / "explored"
+
+    def sets(self, round: int, *, fewest: int) -> Iterator[tuple[str, ...]]:
+        sites = self.starts[round].sites
+        for size in range(fewest, len(sites) + 1):
+            yield from itertools.combinations(sites, size)
+
+    @functools.cache  # noqa: B019  # lives as long as the test
+    def vote(self, site: str, round: int, survivors: tuple[str, ...], named: int) -> Vote:
+        """A vote for ``round``, shown as one for round ``named``."""
+        signature = self.consortium.identities[site].sign("vote", self.round_ids[round], names(survivors))
+        return Vote(site, self.round_ids[named], signature)
+
+    @functools.cache  # noqa: B019
+    def upload(self, site: str, signer: str, round: int) -> Upload:
+        signature = self.consortium.identities[signer].sign("masked", self.round_ids[round], bytes(32))
+        return Upload(site, bytes(32), signature)
+
+    def proved(
+        self, round: int, survivors: tuple[str, ...], voters: Iterable[str], *, voted_in: int, uploaded_in: int | None
+    ) -> Message:
+        """A request to open with these votes, and proofs of uploads from a round, or with none."""
+        voters = list(voters)
+        votes = tuple(self.vote(site, voted_in, survivors, round) for site in voters)
+        needs = {("vote", site, voted_in, survivors) for site in voters if site in self.honest}
+        uploads: tuple[Upload, ...] = ()
+        if uploaded_in is not None:
+            uploads = tuple(self.upload(site, site, uploaded_in) for site in survivors)
+            needs |= {("masked", site, uploaded_in) for site in survivors if site in self.honest}
+        request = OpenRequest(self.starts[round], survivors, votes, uploads)
+        return Message("shares", round, survivors, request=request, needs=frozenset(needs))
+
+    def alphabet(self) -> list[Message]:
+        """All messages, of a server that has whatever other sites may have answered."""
+        found = []
+        for round, start in enumerate(self.starts):
+            found += [Message("masked", round, vector=vector) for vector in (0, 1)]
+            twins = [
+                other
+                for other, one in enumerate(self.starts)
+                if other != round and one.slot == start.slot and set(one.sites) <= set(start.sites)
+            ]
+            corrupt = [site for site in self.corrupt if site in start.sites]
+            honest = [site for site in self.honest if site in start.sites]
+            for survivors in self.sets(round, fewest=self.plan.min_sites - 1):
+                found.append(Message("vote", round, survivors))
+                found.append(
+                    Message("shares", round, survivors, request=OpenRequest(start, survivors))  # without any proof
+                )
+                if len(survivors) < self.plan.min_sites:
+                    continue
+                found.append(self.proved(round, survivors, corrupt, voted_in=round, uploaded_in=None))
+                short = max(0, self.plan.threshold - len(corrupt))
+                for missing in (1, 0):
+                    for voters in itertools.combinations(honest, max(0, short - missing)):
+                        everybody = [*corrupt, *voters]
+                        found.append(self.proved(round, survivors, everybody, voted_in=round, uploaded_in=round))
+                        if not missing:
+                            found.append(self.proved(round, survivors, everybody, voted_in=round, uploaded_in=None))
+                for twin in twins:
+                    if set(survivors) <= set(self.starts[twin].sites):
+                        voters = [site for site in (*corrupt, *honest) if site in self.starts[twin].sites]
+                        found.append(self.proved(round, survivors, voters, voted_in=twin, uploaded_in=round))
+                        found.append(
+                            self.proved(round, survivors, (*corrupt, *honest), voted_in=round, uploaded_in=twin)
+                        )
+        return list(dict.fromkeys(found))
+
+    def send(self, site: str, message: Message) -> Fact | None:
+        """A new process of the site answers, or refuses."""
+        self.calls += 1
+        client = self.consortium.client(site)
+        client._journal = Journal(self.folder)
+        start = self.starts[message.round]
+        try:
+            if message.kind == "masked":
+                vector = np.full(1, message.vector, np.uint32)
+                client.mask(start, vector, channel=start.channel, model=start.model)
+                return ("masked", site, message.round, message.vector)
+            if message.kind == "vote":
+                client.vote(VoteRequest(start, message.survivors))
+            else:
+                assert message.request is not None
+                client.open(message.request)
+        except SecureAggregationError:
+            return None
+        return (message.kind, site, message.round, message.survivors)
+
+    def restore(self, files: Files) -> None:
+        folder = self.folder / "epoch-1"
+        if not folder.is_dir():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        keep = dict(files)
+        for path in folder.iterdir():
+            if path.name not in keep:
+                path.unlink()
+        for name, content in files:
+            (folder / name).write_bytes(content)
+
+    def files(self) -> Files:
+        folder = self.folder / "epoch-1"
+        return tuple((path.name, path.read_bytes()) for path in sorted(folder.iterdir()))
+
+    def journals(self, site: str) -> tuple[Files, Steps]:
+        """The first journal of a site, and from each one that can be reached, what every message leads to."""
+        folder = self.consortium.folder / site / "epoch-1"
+        first = tuple((path.name, path.read_bytes()) for path in sorted(folder.iterdir()))
+        steps: Steps = {}
+        waiting = [first]
+        alphabet = self.alphabet()
+        while waiting:
+            files = waiting.pop()
+            if files in steps:
+                continue
+            steps[files] = {}
+            self.restore(files)
+            for message in alphabet:
+                answer = self.send(site, message)
+                after = self.files()
+                if answer is None:
+                    assert after == files, "a refusal changed the journal"
+                    continue
+                edges = steps[files].setdefault((answer, after), set())
+                edges.add(message.needs)
+                if len(edges) == 1:
+                    for killed in self.killed(site, message, files):
+                        steps[files][None, killed] = {message.needs}
+                self.restore(files)
+            for edge, needs in steps[files].items():
+                steps[files][edge] = least(needs)
+                waiting.append(edge[1])
+        return first, steps
+
+    def lives(self, site: str) -> list[Life]:
+        """Every life of a site that no other one with as few needs says more than."""
+        first, steps = self.journals(site)
+        life = (first, Life(frozenset(), frozenset()))
+        seen, waiting = {life}, [life]
+        while waiting:
+            files, before = waiting.pop()
+            for (answer, after), all_needs in steps[files].items():
+                for needs in all_needs:
+                    life = (after, Life(before.answers | ({answer} if answer else set()), before.needs | needs))
+                    if life not in seen:
+                        seen.add(life)
+                        waiting.append(life)
+        return longest({life for _, life in seen})
+
+    def killed(self, site: str, message: Message, files: Files) -> set[Files]:
+        """What a journal may look like after the process was killed before one of its file operations."""
+        found = set()
+        for operation in itertools.count():
+            self.restore(files)
+            with before_operation(operation, _kill) as was_reached:
+                try:
+                    self.send(site, message)
+                except Killed:
+                    found.add(self.files())
+            if not was_reached():
+                return found
+        raise AssertionError
+
+
+def _kill() -> None:
+    raise Killed
+
+
+@contextlib.contextmanager
+def before_operation(number: int, act: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Acts before the ``number``-th operation of this process that changes a file or makes a change durable."""
+    count, acted = 0, False
+
+    def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **keywords: Any) -> Any:
+            nonlocal count, acted
+            count += 1
+            if count == number + 1 and not acted:
+                acted = True
+                act()
+            return original(*args, **keywords)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((os, "open"), (os, "fdopen"), (os, "fsync"), (os, "unlink"), (Path, "open")):
+            patch.setattr(owner, name, wrapped(getattr(owner, name)))
+        yield lambda: acted
+
+
+def least(sets: set[frozenset[Fact]]) -> set[frozenset[Fact]]:
+    return {one for one in sets if not any(other < one for other in sets)}
+
+
+def longest(lives: Collection[Life]) -> list[Life]:
+    """Without those that another one contains which needs no more."""
+    return [
+        one
+        for one in lives
+        if not any(other != one and one.answers <= other.answers and other.needs <= one.needs for other in lives)
+    ]
+
+
+def too_small_sums(explorer: Explorer, facts: Collection[Fact], sums_open_to: Sums) -> list[object]:
+    """Sums of too few honest sites that follow from what was answered, and vectors under one mask."""
+    plan, found = explorer.plan, []
+    givers: dict[tuple[str, int, str], set[str]] = {}
+    masked: dict[int, dict[str, set[int]]] = {}
+    for fact in facts:
+        if fact[0] == "masked":
+            masked.setdefault(fact[2], {}).setdefault(fact[1], set()).add(fact[3])
+        elif fact[0] == "shares":
+            start = explorer.starts[fact[2]]
+            for dealer in start.sites:
+                kind = "seed" if dealer in fact[3] else "key"
+                givers.setdefault((kind, start.slot, dealer), set(explorer.corrupt)).add(fact[1])
+    for round, vectors in masked.items():
+        start = explorer.starts[round]
+        found += [(site, sent) for site, sent in vectors.items() if len(sent) > 1]
+        known = {
+            kind: {site for site in start.sites if len(givers.get((kind, start.slot, site), ())) >= plan.threshold}
+            for kind in ("seed", "key")
+        }
+        for group in sums_open_to(start.sites, vectors, known["seed"], known["key"] | set(explorer.corrupt)):
+            if len(group) < plan.min_sites - plan.max_colluding:
+                found.append((round, group))
+    return found
+
+
+def attacks(
+    explorer: Explorer, lives: Mapping[str, list[Life]], sums_open_to: Sums, *, stop_at_first: bool = False
+) -> list[object]:
+    """What too small sums a server gets from any lives of the honest sites that fit together."""
+    by_answers: dict[str, dict[frozenset[Fact], list[frozenset[Fact]]]] = {}
+    for site, all_lives in lives.items():
+        by_answers[site] = {}
+        for life in all_lives:
+            by_answers[site].setdefault(life.answers, []).append(life.needs)
+    found: list[object] = []
+    for chosen in itertools.product(*(options.items() for options in by_answers.values())):
+        facts = frozenset().union(*(answers for answers, _ in chosen))
+        known = facts | {fact[:3] for fact in facts if fact[0] == "masked"}
+        if all(any(needs <= known for needs in all_needs) for _, all_needs in chosen):
+            found += too_small_sums(explorer, facts, sums_open_to)
+            if found and stop_at_first:
+                break
+    return found
+
+
+@pytest.fixture
+def quick_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signature that was checked once is not checked again."""
+    monkeypatch.setattr(Member, "has_signed", functools.cache(Member.has_signed))
+
+
+@pytest.fixture
+def make_explorer(make_consortium: Callable[..., Any], quick_signatures: None) -> Callable[..., Explorer]:
+    """An explorer of a consortium in its first epoch; ``rounds`` are slots, sites (all if None), and a model."""
+
+    def make(
+        num_sites: int,
+        max_colluding: int,
+        rounds: Iterable[tuple[int, Collection[int] | None, bytes]],
+        **numbers: Any,
+    ) -> Explorer:
+        consortium = make_consortium(num_sites, max_colluding, rounds_per_epoch=2, **numbers)
+        consortium.begin()
+        starts = [
+            consortium.start(slot, None if sites is None else [f"site-{site}" for site in sites], model=model * 32)
+            for slot, sites, model in rounds
+        ]
+        return Explorer(consortium, starts, num_corrupt=max_colluding)
+
+    return make
+
+
+TWO_VIEWS = [(0, None, b"m"), (0, None, b"x")]
+"""Rounds of one slot over all sites, with different models."""
+
+ALL_ROUNDS_OF_FOUR = [
+    *TWO_VIEWS,
+    (0, (0, 1, 2), b"m"),
+    (0, (0, 1, 3), b"m"),
+    (0, (0, 2, 3), b"m"),
+    (0, (1, 2, 3), b"m"),
+]
+
+SPLIT = [(0, None, b"m"), (0, (0, 1, 3), b"m")]
+"""A round of all four, and one of three that are told nothing of the fourth."""
+
+
+def explored(explorer: Explorer, sums_open_to: Sums, **options: Any) -> list[object]:
+    return attacks(explorer, {site: explorer.lives(site) for site in explorer.honest}, sums_open_to, **options)
+
+
+@pytest.mark.parametrize(
+    ("num_sites", "max_colluding", "numbers", "rounds"),
+    [
+        (3, 1, {}, [*TWO_VIEWS, (1, None, b"m"), (1, None, b"x")]),
+        (3, 0, {"threshold": 2, "min_sites": 2}, [*TWO_VIEWS, (0, (0, 1), b"m"), (0, (1, 2), b"m")]),
+        (4, 1, {}, SPLIT),
+        (4, 2, {}, TWO_VIEWS),
+    ],
+    ids=["two slots of three", "three without corrupt", "four told different rounds", "four with two corrupt"],
+)
+def test_no_order_of_messages_opens_too_small_a_sum(
+    make_explorer: Callable[..., Explorer], sums_open_to: Sums,
+    num_sites: int, max_colluding: int, numbers: dict[str, int], rounds: Any,
+) -> None:  # fmt: skip
+    explorer = make_explorer(num_sites, max_colluding, rounds, **numbers)
+    assert explored(explorer, sums_open_to) == []
+    assert explorer.calls > 300
+
+
+@pytest.mark.slow
+def test_no_order_of_messages_of_any_round_of_four_opens_too_small_a_sum(
+    make_explorer: Callable[..., Explorer], sums_open_to: Sums
+) -> None:
+    explorer = make_explorer(4, 1, ALL_ROUNDS_OF_FOUR)
+    assert explored(explorer, sums_open_to) == []

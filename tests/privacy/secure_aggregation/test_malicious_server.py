@@ -1,0 +1,845 @@
+"""A server that lies, through the same messages as an honest one: what the sites refuse, and why it matters.
+
+Four sites, of which one colludes; three votes open a sum of at least three.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from medfed.errors import SecureAggregationError
+from privacy.secure_aggregation.client import SecureClient
+from privacy.secure_aggregation.framing import names, number
+from privacy.secure_aggregation.identity import shared_secret
+from privacy.secure_aggregation.messages import (
+    Acceptance,
+    Masked,
+    OpenRequest,
+    Relay,
+    RoundStart,
+    Setup,
+    SetupBody,
+    Shares,
+    Upload,
+    Vote,
+    VoteRequest,
+)
+from privacy.secure_aggregation.server import SecureSum, SetupPhase
+
+C, D, J, I = "site-0", "site-1", "site-2", "site-3"  # noqa: E741  # corrupt, dropped, and two more
+ALL = (C, D, J, I)
+WITHOUT_D = (C, J, I)
+WITHOUT_I = (C, D, J)
+MakeVectors = Callable[..., dict[str, Any]]
+
+
+def corrupt_vote(consortium: Any, site: str, start: RoundStart, survivors: tuple[str, ...]) -> Vote:
+    """A vote that a corrupt site signs, whatever it voted before."""
+    round_id = consortium.round_id(start)
+    return Vote(site, round_id, consortium.identities[site].sign("vote", round_id, names(survivors)))
+
+
+def corrupt_upload(consortium: Any, site: str, start: RoundStart) -> Upload:
+    signature = consortium.identities[site].sign("masked", consortium.round_id(start), bytes(32))
+    return Upload(site, bytes(32), signature)
+
+
+def upload(masked: Masked) -> Upload:
+    (_, vector_digest) = Masked.signed_fields(masked.round_id, masked.vector)
+    return Upload(masked.site, vector_digest, masked.signature)
+
+
+@dataclasses.dataclass
+class Round:
+    """A round in which all have uploaded, and what a server may ask of it."""
+
+    consortium: Any
+    start: RoundStart
+    masked: dict[str, Masked]
+
+    def votes(self, survivors: tuple[str, ...], voters: Sequence[str]) -> tuple[Vote, ...]:
+        return tuple(self.consortium.client(site).vote(VoteRequest(self.start, survivors)) for site in voters)
+
+    def request(self, survivors: tuple[str, ...], votes: tuple[Vote, ...]) -> OpenRequest:
+        return OpenRequest(self.start, survivors, votes, tuple(upload(self.masked[site]) for site in survivors))
+
+
+@pytest.fixture
+def uploaded(consortium: Any, vectors: MakeVectors) -> Round:
+    start, plain = consortium.start(0), vectors(ALL)
+    return Round(consortium, start, {site: consortium.mask(site, start, plain[site]) for site in ALL})
+
+
+# Who survived
+
+
+def test_site_that_was_told_of_a_smaller_round_is_not_opened_as_survivor_of_a_larger_one(
+    consortium: Any, adversary_of: Callable[..., Any], vectors: MakeVectors
+) -> None:
+    """Site I masks with C and D alone; the others then call D missing and I a survivor of a round of all.
+
+    Votes alone do not stop this: I votes nowhere, and three others do. D's round key and I's own seed would be
+    opened, and with them I's vector, alone.
+    """
+    adversary = adversary_of(consortium, (C,))
+    adversary.join(1, [0])
+    small, large = consortium.start(0, [C, D, I]), consortium.start(0)
+    plain = vectors(ALL)
+    told_small = consortium.mask(I, small, plain[I])
+    adversary.hear_masked(small, told_small)
+    uploads = (corrupt_upload(consortium, C, large), upload(consortium.mask(J, large, plain[J])))
+    votes = [corrupt_vote(consortium, C, large, WITHOUT_D)]
+    votes += [consortium.client(site).vote(VoteRequest(large, WITHOUT_D)) for site in (D, J)]
+    for proof in (upload(told_small), Upload(I, bytes(32), uploads[0].signature)):
+        request = OpenRequest(large, WITHOUT_D, tuple(votes), (*uploads, proof))
+        for site in (D, J):
+            with pytest.raises(SecureAggregationError, match="proof that 'site-3' masked a vector for this round"):
+                consortium.client(site).open(request)
+    for some in ((), uploads, (*uploads, uploads[0])):
+        with pytest.raises(SecureAggregationError, match="proof that each survivor uploaded"):
+            consortium.client(D).open(OpenRequest(large, WITHOUT_D, tuple(votes), some))
+    assert adversary.sums() == {}
+
+
+def test_site_is_never_survivor_and_missing_at_once(uploaded: Round) -> None:
+    """Shares come one for each site, by whether it survived: there is no message that lists a site as both."""
+    votes = uploaded.votes(WITHOUT_D, WITHOUT_D)
+    request = uploaded.request(WITHOUT_D, votes)
+    for bad in (("site-0", "site-0", "site-2"), (*WITHOUT_D, "site-1", "site-1")):
+        with pytest.raises(SecureAggregationError, match="Expected each site once"):
+            OpenRequest.parse(dataclasses.replace(request, survivors=bad).to_bytes())
+    with pytest.raises(SecureAggregationError, match="others; it agrees to one set, once"):
+        uploaded.consortium.client(J).open(OpenRequest(uploaded.start, ALL))
+    (shares,) = {len(uploaded.consortium.client(site).open(request).shares) for site in WITHOUT_D}
+    assert shares == len(ALL)
+
+
+def test_second_set_of_survivors_gets_no_vote(uploaded: Round) -> None:
+    uploaded.votes(WITHOUT_D, ALL)
+    for survivors in (WITHOUT_I, ALL):
+        for site in ALL:
+            with pytest.raises(SecureAggregationError, match="others; it agrees to one set, once"):
+                uploaded.votes(survivors, [site])
+    assert len(uploaded.votes(WITHOUT_D, ALL)) == 4  # the same vote may be asked for again
+
+
+def test_votes_collected_for_two_sets_never_suffice_for_both(uploaded: Round) -> None:
+    first = (*uploaded.votes(WITHOUT_D, [J, I]), corrupt_vote(uploaded.consortium, C, uploaded.start, WITHOUT_D))
+    second = (*uploaded.votes(WITHOUT_I, [D]), corrupt_vote(uploaded.consortium, C, uploaded.start, WITHOUT_I))
+    with pytest.raises(SecureAggregationError, match="votes of at least 3 sites for these survivors, got 2"):
+        uploaded.consortium.client(D).open(uploaded.request(WITHOUT_I, second))
+    uploaded.consortium.client(J).open(uploaded.request(WITHOUT_D, first))
+    with pytest.raises(SecureAggregationError, match="others; it agrees to one set, once"):
+        uploaded.consortium.client(D).open(uploaded.request(WITHOUT_D, first))
+
+
+def test_nothing_is_voted_after_the_fast_path(uploaded: Round) -> None:
+    site = uploaded.consortium.client(J)
+    site.open(OpenRequest(uploaded.start, ALL))
+    for survivors in (WITHOUT_D, WITHOUT_I, ALL):
+        with pytest.raises(SecureAggregationError):
+            site.vote(VoteRequest(uploaded.start, survivors))
+    with pytest.raises(SecureAggregationError, match="used, closed by a later round, or lost"):
+        site.open(OpenRequest(uploaded.start, ALL))
+
+
+def test_fast_path_is_closed_after_a_vote(uploaded: Round) -> None:
+    uploaded.votes(WITHOUT_D, [J])
+    with pytest.raises(SecureAggregationError, match="others; it agrees to one set, once"):
+        uploaded.consortium.client(J).open(OpenRequest(uploaded.start, ALL))
+
+
+def test_survivors_fewer_than_the_sites_are_not_opened_without_votes(uploaded: Round) -> None:
+    with pytest.raises(SecureAggregationError, match="votes of at least 3 sites for these survivors, got 0"):
+        uploaded.consortium.client(J).open(OpenRequest(uploaded.start, WITHOUT_D))
+    uploaded.votes(WITHOUT_D, [J])  # what was refused is not held against the site
+
+
+def test_votes_that_a_site_did_not_give_are_refused(uploaded: Round) -> None:
+    consortium, start = uploaded.consortium, uploaded.start
+    good = uploaded.votes(WITHOUT_D, [J, I])
+    (other,) = uploaded.votes(WITHOUT_I, [D])
+    opener = consortium.client(J)
+
+    def tried(third: Vote, match: str) -> None:
+        with pytest.raises(SecureAggregationError, match=match):
+            opener.open(uploaded.request(WITHOUT_D, (*good, third)))
+
+    not_given = "one that it did not give"
+    tried(other, not_given)  # for other survivors
+    tried(dataclasses.replace(corrupt_vote(consortium, C, start, WITHOUT_D), site=D), not_given)
+    tried(dataclasses.replace(good[0], site=D), not_given)
+    tried(Vote(D, good[0].round_id, bytes(64)), not_given)
+    tried(corrupt_vote(consortium, C, consortium.start(0, model=b"x" * 32), WITHOUT_D), not_given)
+    tried(good[0], "one vote of each site, got two")
+    tried(dataclasses.replace(good[0], site="stranger"), "votes of sites of the round")
+    opener.open(uploaded.request(WITHOUT_D, (*good, corrupt_vote(consortium, C, start, WITHOUT_D))))
+
+
+def test_member_outside_the_round_has_no_vote_in_it(consortium: Any, vectors: MakeVectors) -> None:
+    start = consortium.start(0, WITHOUT_D)
+    masked = {site: consortium.mask(site, start, vectors(ALL)[site]) for site in WITHOUT_D}
+    votes = tuple(corrupt_vote(consortium, site, start, WITHOUT_D) for site in (C, D, I))
+    request = OpenRequest(start, WITHOUT_D, votes, tuple(upload(masked[site]) for site in WITHOUT_D))
+    with pytest.raises(SecureAggregationError, match="votes of sites of the round, got one of 'site-1'"):
+        consortium.client(J).open(request)
+    with pytest.raises(SecureAggregationError, match="this one among them"):
+        consortium.client(D).vote(VoteRequest(start, WITHOUT_D))
+
+
+def test_sum_of_fewer_than_min_sites_gets_no_vote_and_no_share(uploaded: Round) -> None:
+    for survivors in ((C, J), (J,), ()):
+        votes = tuple(corrupt_vote(uploaded.consortium, site, uploaded.start, survivors) for site in ALL)
+        for site in (D, J):
+            client = uploaded.consortium.client(site)
+            with pytest.raises(SecureAggregationError, match="at least 3 survivors"):
+                client.vote(VoteRequest(uploaded.start, survivors))
+            with pytest.raises(SecureAggregationError, match="at least 3 survivors"):
+                client.open(uploaded.request(survivors, votes))
+
+
+def test_round_of_fewer_than_min_sites_gets_no_vector(consortium: Any, vectors: MakeVectors) -> None:
+    for sites in ((J, I), (J,), ()):
+        start = RoundStart(consortium.plan.digest, 1, 0, b"c" * 32, b"m" * 32, sites)
+        with pytest.raises(SecureAggregationError, match="a round of at least 3 sites, this one among them"):
+            consortium.mask(J, start, vectors(ALL)[J])
+
+
+@pytest.mark.parametrize(
+    ("survivors", "match"),
+    [
+        ((C, I, J), "in the order of the study"),
+        ((C, J, I, "stranger"), "among the sites of the round"),
+        ((C, J, D, I), "in the order of the study"),
+    ],
+)
+def test_survivors_are_sites_of_the_round_in_order(uploaded: Round, survivors: tuple[str, ...], match: str) -> None:
+    votes = tuple(corrupt_vote(uploaded.consortium, site, uploaded.start, survivors) for site in ALL)
+    request = OpenRequest(uploaded.start, survivors, votes, ())
+    with pytest.raises(SecureAggregationError, match=match):
+        uploaded.consortium.client(J).vote(VoteRequest(uploaded.start, survivors))
+    with pytest.raises(SecureAggregationError):
+        uploaded.consortium.client(J).open(request)
+
+
+# One vector in a slot
+
+
+def test_slot_masks_one_vector(consortium: Any, vectors: MakeVectors) -> None:
+    start = consortium.start(0)
+    consortium.mask(J, start, vectors(ALL)[J])
+    for again in (start, consortium.start(0, WITHOUT_D), consortium.start(0, model=b"x" * 32)):
+        with pytest.raises(SecureAggregationError, match="a slot after 0, got 0; a retry needs a new slot"):
+            consortium.mask(J, again, vectors(ALL)[J])
+
+
+def test_earlier_slot_is_closed_for_ever(consortium: Any, vectors: MakeVectors) -> None:
+    first, third = consortium.start(0), consortium.start(2)
+    consortium.mask(J, first, vectors(ALL)[J])
+    consortium.mask(J, third, vectors(ALL)[J])
+    with pytest.raises(SecureAggregationError, match="a slot after 2, got 1"):
+        consortium.mask(J, consortium.start(1), vectors(ALL)[J])
+    for call in (
+        lambda: consortium.client(J).vote(VoteRequest(first, ALL)),
+        lambda: consortium.client(J).open(OpenRequest(first, ALL)),
+    ):
+        with pytest.raises(SecureAggregationError, match="used, closed by a later round, or lost"):
+            call()
+
+
+def test_vector_is_not_masked_after_a_vote(consortium: Any, vectors: MakeVectors) -> None:
+    start = consortium.start(0)
+    consortium.client(J).vote(VoteRequest(start, WITHOUT_D))
+    with pytest.raises(SecureAggregationError, match="it was given up as lost there"):
+        consortium.mask(J, start, vectors(ALL)[J])
+
+
+def test_site_answers_only_for_the_round_it_masked_for(uploaded: Round) -> None:
+    consortium = uploaded.consortium
+    for other in (
+        consortium.start(0, model=b"x" * 32),
+        consortium.start(0, channel=b"x" * 32),
+        consortium.start(0, WITHOUT_D),
+    ):
+        for call in (
+            lambda other=other: consortium.client(J).vote(VoteRequest(other, WITHOUT_D)),
+            lambda other=other: consortium.client(J).open(OpenRequest(other, other.sites)),
+        ):
+            with pytest.raises(SecureAggregationError, match="got another of the same slot"):
+                call()
+
+
+def test_retry_uses_new_masks(consortium: Any, vectors: MakeVectors) -> None:
+    """The same vector in a new slot: the difference of what was sent is as uniform as one mask."""
+    plain = vectors(ALL, 4096)[J]
+    sent = [np.frombuffer(consortium.mask(J, consortium.start(slot), plain).vector, "<u4") for slot in (0, 1)]
+    difference = sent[0] - sent[1]
+    assert len(np.unique(difference)) > 4000
+    octets = np.bincount(difference.view(np.uint8), minlength=256)
+    assert ((octets - 64.0) ** 2 / 64.0).sum() < 360  # chi-square of 255 degrees of freedom, 1 - 1e-5
+
+
+def test_vector_that_comes_late_stays_masked(
+    consortium: Any, adversary_of: Callable[..., Any], vectors: MakeVectors
+) -> None:
+    """D was called missing, and its round key is open; its vector, which arrives then, has its own mask still."""
+    adversary, start, plain = adversary_of(consortium, (C,)), consortium.start(0), vectors(ALL, 2048)
+    adversary.join(1, [0])
+    masked = {site: consortium.mask(site, start, plain[site]) for site in ALL}
+    for site in ALL:
+        adversary.hear_masked(start, masked[site])  # D's too
+    votes = tuple(consortium.client(site).vote(VoteRequest(start, WITHOUT_D)) for site in ALL)
+    request = OpenRequest(start, WITHOUT_D, votes, tuple(upload(masked[site]) for site in WITHOUT_D))
+    for site in ALL:
+        adversary.hear_shares(request, consortium.client(site).open(request))
+    assert adversary.secret("key", D, 0) is not None
+    assert adversary.secret("seed", D, 0) is None
+    sums = adversary.sums()
+    assert set(sums) == {frozenset([C]), frozenset([J, I])}  # the corrupt site's own, and the sum of two honest ones
+    np.testing.assert_array_equal(sums[frozenset([J, I])], plain[J] + plain[I])
+
+
+def test_all_that_three_openers_tell_is_the_sum(
+    consortium: Any, adversary_of: Callable[..., Any], vectors: MakeVectors
+) -> None:
+    adversary, start, plain = adversary_of(consortium, (C,)), consortium.start(0), vectors(ALL)
+    adversary.join(1, [0])
+    for site in ALL:
+        adversary.hear_masked(start, consortium.mask(site, start, plain[site]))
+    request = OpenRequest(start, ALL)
+    for site in (D, J, I):
+        adversary.hear_shares(request, consortium.client(site).open(request))
+    sums = adversary.sums()
+    assert set(sums) == {frozenset([C]), frozenset([D, J, I])}
+    np.testing.assert_array_equal(sums[frozenset([D, J, I])], plain[D] + plain[J] + plain[I])
+
+
+# What is summed
+
+
+def test_sites_that_got_different_models_send_noise(consortium: Any, vectors: MakeVectors) -> None:
+    """I alone gets another model: with it, what I sent does not belong to the round, and the rest opens nothing."""
+    start, other, plain = consortium.start(0), consortium.start(0, model=b"x" * 32), vectors(ALL, 64)
+    masked = {site: consortium.mask(site, other if site == I else start, plain[site]) for site in ALL}
+    server = SecureSum(consortium.epoch, start, num_elements=64)
+    for site in (C, D, J):
+        server.add(masked[site])
+    with pytest.raises(SecureAggregationError, match="a vector that 'site-3' signed for this round"):
+        server.add(masked[I])
+    # A server that adds it up all the same, and gets all own masks opened by those who agree:
+    round_id = consortium.round_id(start)
+    forged = dataclasses.replace(
+        masked[I],
+        round_id=round_id,
+        signature=consortium.identities[I].sign("masked", *Masked.signed_fields(round_id, masked[I].vector)),
+    )
+    server.add(forged)
+    server.close()
+    for site in (C, D, J):
+        server.add_shares(consortium.client(site).open(server.open_request()))
+    total, _ = server.opened()
+    assert not np.any(total == sum(plain[site] for site in ALL))
+    assert len(np.unique(total)) > 60
+
+
+def test_model_that_is_not_the_announced_one_is_refused(consortium: Any, vectors: MakeVectors) -> None:
+    client, vector = consortium.client(J), vectors(ALL)[J]
+    with pytest.raises(SecureAggregationError, match="digest of the model that came with the round, got another"):
+        client.mask(consortium.start(0), vector, channel=b"c" * 32, model=b"x" * 32)
+    with pytest.raises(SecureAggregationError, match="for the vectors that the study defines, got one for others"):
+        client.mask(consortium.start(0), vector, channel=b"x" * 32, model=b"m" * 32)
+    client.mask(consortium.start(0), vector, channel=b"c" * 32, model=b"m" * 32)  # nothing was used up
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"sites": (C, I, J)}, "in the order of the study"),
+        ({"sites": (C, J, I, "stranger")}, "sites whose setup this site accepted, got 'stranger'"),
+        ({"sites": (C, D, I)}, "this one among them"),
+        ({"epoch": 2}, "newest epoch of this site, 1, got 2"),
+        ({"epoch": 0}, "newest epoch of this site, 1, got 0"),
+        ({"epoch": 2**64 - 1}, "newest epoch of this site, 1, got 18446744073709551615"),
+        ({"slot": 4}, "a slot in 0..3, got 4"),
+        ({"slot": 2**64 - 1}, "a slot in 0..3, got 18446744073709551615"),
+        ({"plan": b"p" * 32}, "a round of this site's plan"),
+    ],
+)
+def test_start_that_is_not_of_this_plan_and_epoch_is_refused(
+    consortium: Any, vectors: MakeVectors, change: dict[str, Any], match: str
+) -> None:
+    start = RoundStart.parse(dataclasses.replace(consortium.start(0), **change).to_bytes())
+    votes = tuple(Vote(site, bytes(32), bytes(64)) for site in ALL)
+    client = consortium.client(J)
+    for call in (
+        lambda: client.mask(start, vectors(ALL)[J], channel=b"c" * 32, model=b"m" * 32),
+        lambda: client.vote(VoteRequest(start, WITHOUT_D)),
+        lambda: client.open(OpenRequest(start, start.sites)),
+        lambda: client.open(OpenRequest(start, WITHOUT_D, votes)),
+    ):
+        with pytest.raises(SecureAggregationError, match=match):
+            call()
+
+
+# Replay
+
+
+def replays(consortium: Any) -> list[tuple[str, Callable[[Any], object]]]:
+    """Messages of a whole round, each as a call on a consortium that has not heard of it."""
+    start = consortium.start(0)
+    masked = {site: consortium.mask(site, start, np.zeros(3, np.uint32)) for site in ALL}
+    votes = tuple(consortium.client(site).vote(VoteRequest(start, WITHOUT_D)) for site in ALL)
+    request = OpenRequest(start, WITHOUT_D, votes, tuple(upload(masked[site]) for site in WITHOUT_D))
+    return [
+        ("start", lambda other: other.mask(J, start, np.zeros(3, np.uint32))),
+        ("vote", lambda other: other.client(J).vote(VoteRequest(start, WITHOUT_D))),
+        ("open", lambda other: other.client(J).open(request)),
+        ("fast", lambda other: other.client(J).open(OpenRequest(start, ALL))),
+    ]
+
+
+def test_messages_of_an_earlier_epoch_are_refused(consortium: Any) -> None:
+    calls = replays(consortium)
+    consortium.begin(2)
+    for _, call in calls:
+        with pytest.raises(SecureAggregationError, match="newest epoch of this site, 2, got 1"):
+            call(consortium)
+    with pytest.raises(SecureAggregationError, match="an epoch newer than 2, got 2"):
+        consortium.client(J).setup(2)
+    with pytest.raises(SecureAggregationError, match="an epoch newer than 2, got 1"):
+        consortium.client(J).setup(1)
+
+
+def test_votes_and_uploads_of_another_epoch_round_or_view_count_for_nothing(consortium: Any) -> None:
+    """The same slot, sites, survivors, model: only the epoch differs, and so all signatures do."""
+
+    def heard() -> tuple[tuple[Vote, ...], tuple[Upload, ...]]:
+        start = consortium.start(0)
+        masked = {site: consortium.mask(site, start, np.zeros(3, np.uint32)) for site in ALL}
+        votes = tuple(consortium.client(site).vote(VoteRequest(start, WITHOUT_D)) for site in ALL)
+        return votes, tuple(upload(masked[site]) for site in WITHOUT_D)
+
+    old_votes, old_uploads = heard()
+    consortium.begin(2)
+    votes, uploads = heard()
+    round_id, start = consortium.round_id(consortium.start(0)), consortium.start(0)
+    renamed = tuple(dataclasses.replace(vote, round_id=round_id) for vote in old_votes)
+    for bad in (old_votes, renamed):
+        with pytest.raises(SecureAggregationError, match="one that it did not give"):
+            consortium.client(J).open(OpenRequest(start, WITHOUT_D, bad, uploads))
+    with pytest.raises(SecureAggregationError, match="none that it signed"):
+        consortium.client(J).open(OpenRequest(start, WITHOUT_D, votes, old_uploads))
+    consortium.client(J).open(OpenRequest(start, WITHOUT_D, votes, uploads))
+
+
+@pytest.mark.parametrize("other", [{"study": b"s" * 32}, {"scope": "other"}, {"rounds_per_epoch": 5}])
+def test_messages_of_another_study_or_scope_are_refused(
+    consortium: Any, make_consortium: Callable[..., Any], other: dict[str, Any]
+) -> None:
+    """The same sites with the same identities."""
+    neighbour = make_consortium(**other)
+    neighbour.begin(1)
+    for _, call in replays(neighbour):
+        with pytest.raises(SecureAggregationError, match="a round of this site's plan"):
+            call(consortium)
+    phase = SetupPhase(consortium.plan, 2)
+    with pytest.raises(SecureAggregationError, match="for epoch 2, got another"):
+        phase.add(neighbour.client(J).setup(2))
+    assert neighbour.plan.digest != consortium.plan.digest
+
+
+# Setup
+
+
+@dataclasses.dataclass
+class SetUp:
+    """An epoch between setup and acceptance."""
+
+    consortium: Any
+    setups: dict[str, Setup]
+    phase: SetupPhase
+
+    def relay(self, site: str = J, **changed: Setup | None) -> Relay:
+        """What the server shows to a site, with some setups exchanged or left out."""
+        whole = self.phase.relay_to(site)
+        place = self.consortium.plan.index(site)
+        setups = []
+        for name, one in zip(ALL, whole.setups, strict=True):
+            key = name.replace("-", "_")
+            if key not in changed:
+                setups.append(one)
+            elif (new := changed[key]) is not None:
+                setups.append(dataclasses.replace(one, body=new.body, signature=new.signature, box=new.boxes[place]))
+        return dataclasses.replace(whole, setups=tuple(setups))
+
+    def resigned(self, site: str, **changes: Any) -> Setup:
+        """A site's setup with another body, signed by it."""
+        setup = self.setups[site]
+        boxes = changes.pop("boxes", setup.boxes)
+        body = dataclasses.replace(SetupBody.parse(setup.body), **changes).to_bytes()
+        return Setup(body, self.consortium.identities[site].sign("setup", body), boxes)
+
+
+@pytest.fixture
+def set_up(make_consortium: Callable[..., Any]) -> SetUp:
+    consortium = make_consortium(seed=3)
+    phase = SetupPhase(consortium.plan, 1)
+    setups = {site: consortium.client(site).setup(1) for site in ALL}
+    for setup in setups.values():
+        phase.add(setup)
+    return SetUp(consortium, setups, phase)
+
+
+def with_exchanged_keys(set_up: SetUp, site: str, signer: str | None = None) -> Setup:
+    """A setup of a site with keys of the server's, signed by nobody, or by a member."""
+    own = [X25519PrivateKey.generate().public_key().public_bytes_raw() for _ in range(4)]
+    body = dataclasses.replace(SetupBody.parse(set_up.setups[site].body), round_keys=tuple(own)).to_bytes()
+    old = set_up.setups[site]
+    signature = old.signature if signer is None else set_up.consortium.identities[signer].sign("setup", body)
+    return Setup(body, signature, old.boxes)
+
+
+def test_exchanged_keys_are_refused(set_up: SetUp) -> None:
+    """The man in the middle, who has keys of his own for D."""
+    for signer in (None, C):
+        with pytest.raises(SecureAggregationError, match="a setup signed by 'site-1', got another signature"):
+            set_up.consortium.client(J).accept(set_up.relay(site_1=with_exchanged_keys(set_up, D, signer)))
+
+
+def test_setup_of_one_site_does_not_stand_for_another(set_up: SetUp) -> None:
+    renamed = dataclasses.replace(SetupBody.parse(set_up.setups[C].body), site=D).to_bytes()
+    forged = Setup(renamed, set_up.consortium.identities[C].sign("setup", renamed), set_up.setups[C].boxes)
+    with pytest.raises(SecureAggregationError, match="a setup signed by 'site-1'"):
+        set_up.consortium.client(J).accept(set_up.relay(site_1=forged))
+    with pytest.raises(SecureAggregationError, match="one setup of site 'site-0', got two"):
+        set_up.consortium.client(J).accept(set_up.relay(site_1=set_up.setups[C]))
+
+
+def test_site_that_the_study_does_not_name_is_no_member(set_up: SetUp) -> None:
+    """A Sybil has keys and signatures of its own, and no place in the plan."""
+    sybil = dataclasses.replace(SetupBody.parse(set_up.setups[C].body), site="sybil").to_bytes()
+    forged = Setup(sybil, set_up.consortium.identities[C].sign("setup", sybil), set_up.setups[C].boxes)
+    with pytest.raises(SecureAggregationError, match="Expected a member of the study, got 'sybil'"):
+        set_up.consortium.client(J).accept(set_up.relay(site_1=forged))
+    with pytest.raises(SecureAggregationError, match="Expected a member of the study, got 'sybil'"):
+        SetupPhase(set_up.consortium.plan, 1).add(forged)
+
+
+def test_member_with_the_keys_of_another_is_no_second_member(make_consortium: Callable[..., Any]) -> None:
+    plan = make_consortium().plan
+    for name in ("site", "signing_key", "box_key"):
+        twin = dataclasses.replace(plan.members[1], **{name: getattr(plan.members[0], name)})
+        with pytest.raises(SecureAggregationError, match=f"with a {name} of their own, got one twice"):
+            dataclasses.replace(plan, members=(plan.members[0], twin, *plan.members[2:]))
+
+
+def test_plan_with_other_keys_for_this_site_is_refused(make_consortium: Callable[..., Any]) -> None:
+    consortium = make_consortium()
+    with pytest.raises(SecureAggregationError, match="this site's own keys for 'site-1', got others"):
+        SecureClient(D, consortium.identities[J], consortium.plan, consortium.folder / "any")
+
+
+def test_own_setup_that_was_replaced_is_refused(set_up: SetUp) -> None:
+    """Even signed by this site: it may be from an earlier life, whose secrets are known."""
+    body = dataclasses.replace(
+        SetupBody.parse(set_up.setups[J].body), commitments=tuple(bytes([slot]) * 32 for slot in range(4))
+    ).to_bytes()
+    earlier = Setup(body, set_up.consortium.identities[J].sign("setup", body), set_up.setups[J].boxes)
+    with pytest.raises(SecureAggregationError, match="this site's own setup as it was sent, got another"):
+        set_up.consortium.client(J).accept(set_up.relay(site_2=earlier))
+    with pytest.raises(SecureAggregationError, match="own setup among those relayed, got none"):
+        set_up.consortium.client(J).accept(set_up.relay(site_2=None))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": 2},
+        {"plan": b"p" * 32},
+        {"round_keys": (b"k" * 32,) * 3},
+        {"commitments": ()},
+        {"box_digests": (b"d" * 32,) * 5},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_setup_that_is_not_of_this_plan_and_epoch_is_refused(set_up: SetUp, change: dict[str, Any]) -> None:
+    setup = set_up.resigned(C, **change)
+    with pytest.raises(SecureAggregationError, match="for epoch 1 of this plan, got one for another"):
+        set_up.consortium.client(J).accept(set_up.relay(site_0=setup))
+    with pytest.raises(SecureAggregationError):
+        SetupPhase(set_up.consortium.plan, 1).add(setup)
+
+
+def test_relay_of_another_plan_or_epoch_is_refused(set_up: SetUp) -> None:
+    client = set_up.consortium.client(J)
+    with pytest.raises(SecureAggregationError, match="setups for this site's plan"):
+        client.accept(dataclasses.replace(set_up.relay(), plan=bytes(32)))
+    with pytest.raises(SecureAggregationError, match="secrets of epoch 7, got none"):
+        client.accept(dataclasses.replace(set_up.relay(), epoch=7))
+
+
+def test_setups_are_accepted_once(set_up: SetUp) -> None:
+    set_up.consortium.client(J).accept(set_up.relay())
+    for relay in (set_up.relay(), set_up.relay(site_1=None)):
+        with pytest.raises(SecureAggregationError, match="secrets of epoch 1, got none"):
+            set_up.consortium.client(J).accept(relay)
+
+
+def test_fewer_setups_than_min_sites_are_refused(set_up: SetUp) -> None:
+    with pytest.raises(SecureAggregationError, match="sound setups of at least 3 sites, got 2"):
+        set_up.consortium.client(J).accept(set_up.relay(site_0=None, site_1=None))
+    phase = SetupPhase(set_up.consortium.plan, 1)
+    phase.add(set_up.setups[C])
+    with pytest.raises(SecureAggregationError, match="setups of at least 3 sites, got 1: site-0"):
+        phase.relay_to(C)
+
+
+def test_sites_that_were_shown_different_setups_agree_on_no_round(set_up: SetUp) -> None:
+    """C deals twice, and J alone sees the second: J's round is another one, with other masks and votes."""
+    consortium = set_up.consortium
+    other = set_up.resigned(C, commitments=tuple(bytes([slot]) * 32 for slot in range(4)))
+    for site in ALL:
+        set_up.phase.accept(
+            consortium.client(site).accept(set_up.relay(site) if site != J else set_up.relay(J, site_0=other))
+        )
+    consortium.epoch = set_up.phase.finish()
+    start = consortium.start(0)
+    vector = np.zeros(3, np.uint32)
+    masked = {site: consortium.mask(site, start, vector) for site in ALL}
+    assert len({masked[site].round_id for site in ALL}) == 2
+    votes = tuple(consortium.client(site).vote(VoteRequest(start, WITHOUT_D)) for site in ALL)
+    request = OpenRequest(start, WITHOUT_D, votes, tuple(upload(masked[site]) for site in WITHOUT_D))
+    for site in (D, J, I):
+        with pytest.raises(SecureAggregationError, match="one that it did not give"):
+            consortium.client(site).open(request)
+
+
+def test_round_over_a_site_that_was_not_accepted_is_refused(set_up: SetUp) -> None:
+    consortium = set_up.consortium
+    consortium.client(J).accept(set_up.relay(J, site_1=None))
+    for site in (C, D, I):
+        consortium.client(site).accept(set_up.relay(site))
+    start = RoundStart(consortium.plan.digest, 1, 0, b"c" * 32, b"m" * 32, ALL)
+    with pytest.raises(SecureAggregationError, match="sites whose setup this site accepted, got 'site-1'"):
+        consortium.mask(J, start, np.zeros(3, np.uint32))
+
+
+def test_box_that_was_changed_on_the_way_is_refused(set_up: SetUp) -> None:
+    boxes = set_up.setups[C].boxes
+    flipped = bytes([boxes[2][0] ^ 1]) + boxes[2][1:]
+    for wrong in (flipped, boxes[3], b""):
+        setup = dataclasses.replace(set_up.setups[C], boxes=(*boxes[:2], wrong, boxes[3]))
+        with pytest.raises(SecureAggregationError, match="the box that 'site-0' sealed for this site, got another"):
+            set_up.consortium.client(J).accept(set_up.relay(site_0=setup))
+        with pytest.raises(SecureAggregationError, match="the boxes that 'site-0' signed, got others"):
+            SetupPhase(set_up.consortium.plan, 1).add(setup)
+
+
+def bad_box(set_up: SetUp, box: bytes) -> Setup:
+    """C's setup with a box for J that C itself signed."""
+    boxes = (*set_up.setups[C].boxes[:2], box, set_up.setups[C].boxes[3])
+    digests = SetupBody.parse(set_up.setups[C].body).box_digests
+    return set_up.resigned(C, boxes=boxes, box_digests=(*digests[:2], sha256(box).digest(), digests[3]))
+
+
+def too_short_box(set_up: SetUp) -> bytes:
+    """Sealed as it should be, with a byte too few."""
+    ephemeral = X25519PrivateKey.generate()
+    secret = shared_secret(ephemeral, set_up.consortium.identities[J].box_key)
+    key = set_up.consortium.client(C)._box_key(secret, 1, C, J)
+    return ChaCha20Poly1305(key).encrypt(bytes(12), bytes(64 * 4 - 1), None)
+
+
+@pytest.mark.parametrize("make", [lambda _: b"garbage", lambda _: bytes(272), too_short_box])
+def test_box_that_its_sender_sealed_wrongly_is_a_signed_complaint_that_excludes_the_sender(
+    set_up: SetUp, make: Callable[[SetUp], bytes]
+) -> None:
+    consortium, bad = set_up.consortium, bad_box(set_up, make(set_up))
+    phase = SetupPhase(consortium.plan, 1)
+    for site in ALL:
+        phase.add(bad if site == C else set_up.setups[site])
+    accepted = {site: consortium.client(site).accept(phase.relay_to(site)) for site in (D, J, I)}
+    assert {site: acceptance.complaints for site, acceptance in accepted.items()} == {D: (), J: (C,), I: ()}
+    signed = ("acceptance", consortium.plan.digest, number(1), names([C]))
+    assert consortium.plan.member(J).has_signed(accepted[J].signature, *signed)
+    for acceptance in accepted.values():
+        phase.accept(acceptance)
+    consortium.epoch = phase.finish()
+    assert consortium.epoch.complaints == {C: (J,)}
+    assert tuple(consortium.epoch.setups) == (D, J, I)
+    with pytest.raises(SecureAggregationError, match="sites whose setup this site accepted, got 'site-0'"):
+        start = dataclasses.replace(consortium.start(0), sites=ALL)
+        consortium.mask(J, start, np.zeros(3, np.uint32))
+    total, survivors, _ = consortium.run(consortium.start(0), dict.fromkeys((D, J, I), np.ones(3, np.uint32)))
+    assert (total.tolist(), survivors) == ([3, 3, 3], (D, J, I))
+
+
+def test_false_complaint_is_signed_and_named_and_costs_no_secrecy(set_up: SetUp) -> None:
+    """C accuses the innocent: who accuses whom is on record, and too many complaints stop the epoch."""
+    consortium, phase = set_up.consortium, set_up.phase
+
+    def lie(*accused: str) -> Acceptance:
+        signature = consortium.identities[C].sign("acceptance", consortium.plan.digest, number(1), names(accused))
+        return Acceptance(C, 1, accused, signature)
+
+    for site in (D, J, I):
+        phase.accept(consortium.client(site).accept(phase.relay_to(site)))
+    phase.accept(lie(D))
+    epoch = phase.finish()
+    assert (epoch.complaints, tuple(epoch.setups)) == ({D: (C,)}, WITHOUT_D)
+    phase.accept(lie(D, J))
+    with pytest.raises(SecureAggregationError, match=r"complaints about site-1 \(by site-0\); site-2 \(by site-0\)"):
+        phase.finish()
+    with pytest.raises(SecureAggregationError, match="the acceptance of 'site-1', got one it did not sign"):
+        phase.accept(dataclasses.replace(lie(J), site=D))
+
+
+def test_small_order_keys_give_no_secret(set_up: SetUp) -> None:
+    """With such a key of C, every pair mask of C would be known to all; and masking would fail at every site."""
+    consortium = set_up.consortium
+    points = (bytes(32), b"\x01" + bytes(31), bytes.fromhex("ec" + "ff" * 30 + "7f"))
+    for point in points:
+        keys = (point, *SetupBody.parse(set_up.setups[C].body).round_keys[1:])
+        setup = set_up.resigned(C, round_keys=keys)
+        with pytest.raises(SecureAggregationError, match="round keys of 'site-0' that give secrets"):
+            SetupPhase(consortium.plan, 1).add(setup)
+    boxed = set_up.resigned(C, ephemeral_key=points[0])
+    for site in (D, J):  # sites that a server shows the key anyway
+        shown = set_up.relay(site, site_0=setup if site == D else boxed)
+        acceptance = consortium.client(site).accept(shown)
+        assert acceptance.complaints == (() if site == D else (C,))
+    start = RoundStart(consortium.plan.digest, 1, 0, b"c" * 32, b"m" * 32, ALL)
+    with pytest.raises(SecureAggregationError, match="X25519 public key, got one that gives no secret"):
+        consortium.mask(D, start, np.zeros(3, np.uint32))
+
+
+# What a server that does not lie finds out about sites that do
+
+
+def test_setup_that_comes_after_the_relay_is_refused(set_up: SetUp) -> None:
+    phase = SetupPhase(set_up.consortium.plan, 1)
+    for site in (D, J, I):
+        phase.add(set_up.setups[site])
+    with pytest.raises(SecureAggregationError, match="one setup of 'site-1', got a second"):
+        phase.add(set_up.setups[D])
+    phase.relay_to(D)
+    with pytest.raises(SecureAggregationError, match="before any was relayed, got that of 'site-0' late"):
+        phase.add(set_up.setups[C])
+    signature = set_up.consortium.identities[C].sign("acceptance", set_up.consortium.plan.digest, number(1), names([]))
+    with pytest.raises(SecureAggregationError, match="'site-0' to accept after its own setup"):
+        phase.accept(Acceptance(C, 1, (), signature))
+
+
+def test_tampered_share_is_blamed_on_its_sender_and_the_sum_is_right(uploaded: Round, vectors: MakeVectors) -> None:
+    consortium, plain = uploaded.consortium, vectors(ALL)
+    server = SecureSum(consortium.epoch, uploaded.start, num_elements=5)
+    for masked in uploaded.masked.values():
+        server.add(masked)
+    server.close()
+    shares = {site: consortium.client(site).open(server.open_request()) for site in ALL}
+    changed = (bytes([shares[C].shares[1][0] ^ 1]) + shares[C].shares[1][1:], *shares[C].shares[2:])
+    wrong = dataclasses.replace(shares[C], shares=(shares[C].shares[0], *changed))
+    with pytest.raises(SecureAggregationError, match="shares that 'site-0' signed for this round, got others"):
+        server.add_shares(wrong)  # changed on the way
+    signed = (consortium.round_id(uploaded.start), names(ALL), b"".join(wrong.shares))
+    wrong = dataclasses.replace(wrong, signature=consortium.identities[C].sign("shares", *signed))
+    for site in ALL:
+        server.add_shares(wrong if site == C else shares[site])
+    total, blamed = server.opened()
+    assert blamed == (C,)
+    np.testing.assert_array_equal(total, sum(plain[site] for site in ALL))
+
+
+def test_too_few_or_too_many_bad_shares_open_nothing(uploaded: Round) -> None:
+    consortium = uploaded.consortium
+    server = SecureSum(consortium.epoch, uploaded.start, num_elements=5)
+    for masked in uploaded.masked.values():
+        server.add(masked)
+    server.close()
+    for site in (J, I):
+        server.add_shares(consortium.client(site).open(server.open_request()))
+    with pytest.raises(SecureAggregationError, match="shares of at least 3 sites, got 2"):
+        server.opened()
+    lie = tuple(bytes(32) for _ in ALL)
+    signature = consortium.identities[C].sign("shares", consortium.round_id(uploaded.start), names(ALL), b"".join(lie))
+    server.add_shares(Shares(C, consortium.round_id(uploaded.start), lie, signature))
+    with pytest.raises(SecureAggregationError, match="too many of them sent bad ones. Nothing of the round"):
+        server.opened()
+
+
+def test_dealer_of_garbage_in_sound_boxes_is_named(make_consortium: Callable[..., Any]) -> None:
+    """C's boxes open, and hold shares of nothing: no site can tell, and the server names C when it is opened."""
+    consortium = make_consortium()
+    phase = SetupPhase(consortium.plan, 1)
+    client = consortium.client(C)
+    sent, ephemeral = client.setup(1), X25519PrivateKey.generate()
+    good, generator = SetupBody.parse(sent.body), np.random.default_rng(1)
+    boxes = tuple(
+        ChaCha20Poly1305(client._box_key(shared_secret(ephemeral, member.box_key), 1, C, member.site)).encrypt(
+            bytes(12), generator.bytes(64 * 4), None
+        )
+        for member in consortium.plan.members
+    )
+    body = dataclasses.replace(
+        good,
+        ephemeral_key=ephemeral.public_key().public_bytes_raw(),
+        box_digests=tuple(sha256(box).digest() for box in boxes),
+    ).to_bytes()
+    phase.add(Setup(body, consortium.identities[C].sign("setup", body), boxes))
+    for site in (D, J, I):
+        phase.add(consortium.client(site).setup(1))
+    for site in (D, J, I):
+        acceptance = consortium.client(site).accept(phase.relay_to(site))
+        assert acceptance.complaints == ()
+        phase.accept(acceptance)
+    signature = consortium.identities[C].sign("acceptance", consortium.plan.digest, number(1), names([]))
+    phase.accept(Acceptance(C, 1, (), signature))
+    consortium.epoch = phase.finish()
+    start = consortium.start(0)
+    server = SecureSum(consortium.epoch, start, num_elements=3)
+    round_id, vector = consortium.round_id(start), bytes(12)
+    signature = consortium.identities[C].sign("masked", *Masked.signed_fields(round_id, vector))
+    server.add(Masked(C, round_id, signature, vector))
+    for site in (D, J, I):
+        server.add(consortium.mask(site, start, np.zeros(3, np.uint32)))
+    server.close()
+    for site in (D, J, I):
+        server.add_shares(consortium.client(site).open(server.open_request()))
+    with pytest.raises(SecureAggregationError, match="either 'site-0' dealt bad shares, or"):
+        server.opened()
+
+
+def test_server_refuses_vectors_and_votes_that_are_not_of_the_round(uploaded: Round) -> None:
+    consortium, start = uploaded.consortium, uploaded.start
+    server = SecureSum(consortium.epoch, start, num_elements=5)
+    server.add(uploaded.masked[C])
+    for bad, match in [
+        (uploaded.masked[C], "one vector of each site of the round"),
+        (dataclasses.replace(uploaded.masked[C], site="stranger"), "one vector of each site of the round"),
+        (dataclasses.replace(uploaded.masked[C], site=D), "a vector that 'site-1' signed"),
+        (dataclasses.replace(uploaded.masked[D], vector=bytes(20)), "a vector that 'site-1' signed"),
+    ]:
+        with pytest.raises(SecureAggregationError, match=match):
+            server.add(bad)
+    round_id = consortium.round_id(start)
+    long = Masked(D, round_id, consortium.identities[D].sign("masked", *Masked.signed_fields(round_id, b"")), b"")
+    with pytest.raises(SecureAggregationError, match="20 bytes of 'site-1', got 0"):
+        server.add(long)
+    with pytest.raises(SecureAggregationError, match="vectors of at least 3 sites, got 1; missing: site-1, site-2"):
+        server.close()
+    with pytest.raises(SecureAggregationError, match="'site-1' late"):
+        server.add(uploaded.masked[D])
+    for vote in (
+        corrupt_vote(consortium, D, start, ALL),
+        dataclasses.replace(corrupt_vote(consortium, D, start, (C,)), site="stranger"),
+    ):
+        with pytest.raises(SecureAggregationError, match="a vote of a site of the round"):
+            server.add_vote(vote)
+    with pytest.raises(SecureAggregationError, match="votes of at least 3 sites, got 0"):
+        server.open_request()
