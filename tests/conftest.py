@@ -122,6 +122,22 @@ def make_private_study(make_study: Callable[..., StudyConfig]) -> Callable[..., 
 
 
 @pytest.fixture
+def make_secure_study(make_study: Callable[..., StudyConfig]) -> Callable[..., StudyConfig]:
+    """A study of :func:`make_study` with five sites and secure aggregation; keyword arguments replace its keys."""
+
+    def make(**secure: Any) -> StudyConfig:
+        plain = make_study(("north", "south", "west", "east", "centre"))
+        given = {"enabled": True, "max_colluding": 0, "update_clip_norm": 8.0, **secure}
+        return plain.replace(
+            rounds={"num_rounds": 2},
+            secure_aggregation={name: value for name, value in given.items() if value is not None},
+            sites=[site.model_copy(update={"declared_patients": 3}) for site in plain.sites],
+        )
+
+    return make
+
+
+@pytest.fixture
 def study_file(tmp_path: Path) -> Callable[[StudyConfig], Path]:
     """Writes a study as TOML, the part of TOML that studies need, and returns the file."""
 

@@ -61,7 +61,10 @@ NOTHING_PRIVATE = plan(trust="none", noise_multiplier=0.0)
     [
         ({"trust": "server"}, "Expected trust 'site', 'consortium' or 'none', got 'server'; choose who is trusted"),
         ({"trust": "consortium"}, "Expected min_honest as an integer >= 1, got None; give a whole number"),
-        ({"min_honest": 3}, "Expected min_honest and num_parameters with trust 'consortium' alone, got them with 'site'"),
+        (
+            {"min_honest": 3},
+            "Expected min_honest and num_parameters with trust 'consortium' alone, got them with 'site'",
+        ),
         ({"unit": "image"}, "Expected unit 'patient' or 'record', got 'image'; choose what is hidden"),
         ({"clip_norm": 0.0}, "Expected a finite clip_norm > 0, got 0.0; without a bound no noise is enough"),
         ({"clip_norm": math.inf}, "clip_norm > 0, got inf"),

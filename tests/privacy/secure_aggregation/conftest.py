@@ -231,7 +231,10 @@ def journals(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def make_consortium(journals: Path) -> MakeConsortium:
-    """A consortium of ``num_sites``, with the smallest threshold and sum that hold; keyword arguments replace them."""
+    """A consortium of ``num_sites``, with the smallest threshold and sum that hold; keyword arguments replace them.
+
+    ``weakened`` replaces them unchecked, for tests that have switched the check off.
+    """
     made = 0
 
     def make(
@@ -244,19 +247,24 @@ def make_consortium(journals: Path) -> MakeConsortium:
         study: bytes = bytes(32),
         scope: str = "federated",
         seed: int | None = None,
+        weakened: Mapping[str, int] | None = None,
     ) -> Consortium:
         nonlocal made
         made += 1
         quorum = Quorum.of(num_sites=num_sites, max_colluding=max_colluding, threshold=threshold, min_sites=min_sites)
         identities = {f"site-{number}": identity_of(f"site-{number}") for number in range(num_sites)}
+        numbers = {
+            "threshold": quorum.threshold,
+            "max_colluding": quorum.max_colluding,
+            "min_sites": quorum.min_sites,
+            **(weakened or {}),
+        }
         plan = SecureAggregationPlan(
             study_digest=study,
             scope=scope,
             members=tuple(identity.member(site) for site, identity in identities.items()),
-            threshold=quorum.threshold,
-            max_colluding=quorum.max_colluding,
-            min_sites=quorum.min_sites,
             rounds_per_epoch=rounds_per_epoch,
+            **numbers,
         )
         stream = None if seed is None else RandomStream.for_simulation(seed, "secure aggregation")
         return Consortium(plan, identities, journals / f"consortium-{made}", stream)

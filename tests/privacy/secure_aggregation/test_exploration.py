@@ -8,7 +8,7 @@ sites (a vote, a proof that somebody uploaded) is noted, and only asked for when
 Putting them together, one life of each honest site is chosen, in all combinations in which what a site was shown
 is what another one answered in its life (in any order: that is more than a server can do, so nothing is missed).
 What the server then knows, with the corrupt sites' shares and secrets, must open no sum of fewer honest sites than
-``min_sites - max_colluding``; and a site masks one vector in a round, once.
+``max(threshold, max_colluding + 2) - max_colluding``; and a site masks one vector in a round, once.
 """
 
 import contextlib
@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medfed.consortium import Quorum
 from medfed.errors import SecureAggregationError
+from privacy.secure_aggregation.client import SecureClient
 from privacy.secure_aggregation.framing import names
 from privacy.secure_aggregation.identity import Member
 from privacy.secure_aggregation.journal import Journal
@@ -75,11 +77,15 @@ class Explorer:
         self.honest = consortium.sites[num_corrupt:]
         self.round_ids = [consortium.round_id(start) for start in starts]
         self.calls = 0
+        self.kills = True
+        self.largest_set: int | None = None
+        numbers = {"num_sites": len(self.plan.members), "max_colluding": self.plan.max_colluding}
+        self.min_honest = Quorum.of(**numbers).min_honest
         self.folder = consortium.folder / "explored"
 
     def sets(self, round: int, *, fewest: int) -> Iterator[tuple[str, ...]]:
         sites = self.starts[round].sites
-        for size in range(fewest, len(sites) + 1):
+        for size in range(fewest, len(sites) + 1 if self.largest_set is None else self.largest_set + 1):
             yield from itertools.combinations(sites, size)
 
     @functools.cache  # noqa: B019  # lives as long as the test
@@ -94,17 +100,32 @@ class Explorer:
         return Upload(site, bytes(32), signature)
 
     def proved(
-        self, round: int, survivors: tuple[str, ...], voters: Iterable[str], *, voted_in: int, uploaded_in: int | None
+        self,
+        round: int,
+        survivors: tuple[str, ...],
+        voters: Iterable[str],
+        *,
+        voted_in: int | None = None,
+        uploaded_in: int | None = None,
+        forged: bool = False,
     ) -> Message:
-        """A request to open with these votes, and proofs of uploads from a round, or with none."""
-        voters = list(voters)
-        votes = tuple(self.vote(site, voted_in, survivors, round) for site in voters)
-        needs = {("vote", site, voted_in, survivors) for site in voters if site in self.honest}
-        uploads: tuple[Upload, ...] = ()
-        if uploaded_in is not None:
-            uploads = tuple(self.upload(site, site, uploaded_in) for site in survivors)
-            needs |= {("masked", site, uploaded_in) for site in survivors if site in self.honest}
-        request = OpenRequest(self.starts[round], survivors, votes, uploads)
+        """A request to open with votes and proofs of uploads: of this round, or as far as possible of another.
+
+        ``forged`` proofs of uploads are signed by a corrupt site, or are not there if there is none.
+        """
+        by, voted_in = list(voters), round if voted_in is None else voted_in
+        votes = tuple(self.vote(site, voted_in, survivors, round) for site in by)
+        needs: set[Fact] = {("vote", site, voted_in, survivors) for site in by if site in self.honest}
+        uploads = []
+        for site in survivors:
+            told = round if uploaded_in is None or site not in self.starts[uploaded_in].sites else uploaded_in
+            if forged and site in self.honest:
+                uploads += [self.upload(site, signer, told) for signer in self.corrupt[:1]]
+                continue
+            uploads.append(self.upload(site, site, told))
+            if site in self.honest:
+                needs.add(("masked", site, told))
+        request = OpenRequest(self.starts[round], survivors, votes, tuple(uploads))
         return Message("shares", round, survivors, request=request, needs=frozenset(needs))
 
     def alphabet(self) -> list[Message]:
@@ -126,21 +147,18 @@ class Explorer:
                 )
                 if len(survivors) < self.plan.min_sites:
                     continue
-                found.append(self.proved(round, survivors, corrupt, voted_in=round, uploaded_in=None))
+                found.append(self.proved(round, survivors, corrupt, forged=True))
                 short = max(0, self.plan.threshold - len(corrupt))
-                for missing in (1, 0):
-                    for voters in itertools.combinations(honest, max(0, short - missing)):
-                        everybody = [*corrupt, *voters]
-                        found.append(self.proved(round, survivors, everybody, voted_in=round, uploaded_in=round))
-                        if not missing:
-                            found.append(self.proved(round, survivors, everybody, voted_in=round, uploaded_in=None))
+                for voters in itertools.combinations(honest, max(0, short - 1)):
+                    found.append(self.proved(round, survivors, (*corrupt, *voters)))
+                for voters in itertools.combinations(honest, short):
+                    found.append(self.proved(round, survivors, (*corrupt, *voters)))
+                    found.append(self.proved(round, survivors, (*corrupt, *voters), forged=True))
+                    found += [self.proved(round, survivors, (*corrupt, *voters), uploaded_in=twin) for twin in twins]
                 for twin in twins:
                     if set(survivors) <= set(self.starts[twin].sites):
                         voters = [site for site in (*corrupt, *honest) if site in self.starts[twin].sites]
-                        found.append(self.proved(round, survivors, voters, voted_in=twin, uploaded_in=round))
-                        found.append(
-                            self.proved(round, survivors, (*corrupt, *honest), voted_in=round, uploaded_in=twin)
-                        )
+                        found.append(self.proved(round, survivors, voters, voted_in=twin))
         return list(dict.fromkeys(found))
 
     def send(self, site: str, message: Message) -> Fact | None:
@@ -200,7 +218,7 @@ class Explorer:
                     continue
                 edges = steps[files].setdefault((answer, after), set())
                 edges.add(message.needs)
-                if len(edges) == 1:
+                if self.kills and len(edges) == 1:
                     for killed in self.killed(site, message, files):
                         steps[files][None, killed] = {message.needs}
                 self.restore(files)
@@ -299,7 +317,7 @@ def too_small_sums(explorer: Explorer, facts: Collection[Fact], sums_open_to: Su
             for kind in ("seed", "key")
         }
         for group in sums_open_to(start.sites, vectors, known["seed"], known["key"] | set(explorer.corrupt)):
-            if len(group) < plan.min_sites - plan.max_colluding:
+            if len(group) < explorer.min_honest:
                 found.append((round, group))
     return found
 
@@ -366,6 +384,25 @@ SPLIT = [(0, None, b"m"), (0, (0, 1, 3), b"m")]
 """A round of all four, and one of three that are told nothing of the fourth."""
 
 
+def saturated(explorer: Explorer, sums_open_to: Sums) -> list[object]:
+    """The same for clients that forget nothing, whose journals stand still: all that they answer to anybody."""
+    facts: set[Fact] = set()
+    known: set[Fact] = set()
+    steps = {site: explorer.journals(site) for site in explorer.honest}
+    places = {site: first for site, (first, _) in steps.items()}
+    growing = True
+    while growing:
+        growing = False
+        for site, (_, all_steps) in steps.items():
+            for (answer, after), all_needs in all_steps[places[site]].items():
+                if answer is not None and answer not in facts and any(needs <= known for needs in all_needs):
+                    facts.add(answer)
+                    known |= {answer, answer[:3]}
+                    places[site], growing = after, True
+                    break
+    return too_small_sums(explorer, facts, sums_open_to)
+
+
 def explored(explorer: Explorer, sums_open_to: Sums, **options: Any) -> list[object]:
     return attacks(explorer, {site: explorer.lives(site) for site in explorer.honest}, sums_open_to, **options)
 
@@ -395,3 +432,98 @@ def test_no_order_of_messages_of_any_round_of_four_opens_too_small_a_sum(
 ) -> None:
     explorer = make_explorer(4, 1, ALL_ROUNDS_OF_FOUR)
     assert explored(explorer, sums_open_to) == []
+
+
+# The exploration can fail: with a client that lacks one rule it finds the attack.
+
+
+def without_one_vote(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Journal, "mark_voted", lambda *_: True)
+    monkeypatch.setattr(Journal, "destroy", lambda *_: None)
+
+
+def without_proof_of_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SecureClient, "_check_uploads", lambda *_: None)
+
+
+def with_proofs_not_bound_to_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = Member.has_signed
+
+    def has_signed(self: Member, signature: bytes, label: str, *fields: bytes) -> bool:
+        return label == "masked" or sound(self, signature, label, *fields)
+
+    monkeypatch.setattr(Member, "has_signed", functools.cache(has_signed))
+
+
+def without_votes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SecureClient, "_check_votes", lambda *_: None)
+
+
+def with_votes_for_any_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any signature of the right length is a vote."""
+    sound = Member.has_signed
+
+    def has_signed(self: Member, signature: bytes, label: str, *fields: bytes) -> bool:
+        return label == "vote" or sound(self, signature, label, *fields)
+
+    monkeypatch.setattr(Member, "has_signed", functools.cache(has_signed))
+
+
+def with_a_slot_used_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Journal, "mark_masked", lambda *_: None)
+
+
+def with_too_low_a_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 t = n + c - 1."""
+    monkeypatch.setattr("privacy.secure_aggregation.plan.Quorum", lambda **_: None)
+
+
+def with_too_small_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("privacy.secure_aggregation.plan.Quorum", lambda **_: None)
+
+
+@pytest.mark.parametrize(
+    ("broken", "weakened"),
+    [
+        (without_proof_of_uploads, {}),
+        (with_proofs_not_bound_to_the_round, {}),
+        (with_a_slot_used_twice, {}),
+        (with_too_low_a_threshold, {"threshold": 2}),
+        (with_too_small_a_sum, {"threshold": 2, "min_sites": 2}),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_exploration_finds_the_attack_on_a_client_that_lacks_a_rule(
+    make_explorer: Callable[..., Explorer], sums_open_to: Sums, monkeypatch: pytest.MonkeyPatch,
+    broken: Callable[[pytest.MonkeyPatch], None], weakened: dict[str, int],
+) -> None:  # fmt: skip
+    broken(monkeypatch)
+    explorer = make_explorer(4, 1, SPLIT, weakened=weakened)
+    explorer.kills = False
+    assert explored(explorer, sums_open_to, stop_at_first=True) != []
+
+
+def test_exploration_finds_the_attack_on_a_client_that_votes_more_than_once(
+    make_explorer: Callable[..., Explorer], sums_open_to: Sums, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert saturated(unkilled(make_explorer(4, 1, TWO_VIEWS[:1])), sums_open_to) == []
+    without_one_vote(monkeypatch)
+    assert saturated(unkilled(make_explorer(4, 1, TWO_VIEWS[:1])), sums_open_to) != []
+
+
+@pytest.mark.parametrize("broken", [None, without_votes, with_votes_for_any_survivors])
+def test_exploration_finds_the_attack_on_a_client_that_needs_no_votes(
+    make_explorer: Callable[..., Explorer], sums_open_to: Sums, monkeypatch: pytest.MonkeyPatch,
+    broken: Callable[[pytest.MonkeyPatch], None] | None,
+) -> None:  # fmt: skip
+    """Five sites, none corrupt: told of different survivors, they would together open a sum of two."""
+    if broken is not None:
+        broken(monkeypatch)
+    explorer = unkilled(make_explorer(5, 0, TWO_VIEWS[:1]))
+    explorer.largest_set = 3
+    assert (explored(explorer, sums_open_to, stop_at_first=True) != []) == (broken is not None)
+
+
+def unkilled(explorer: Explorer) -> Explorer:
+    explorer.kills = False
+    return explorer

@@ -673,8 +673,8 @@ def test_box_that_its_sender_sealed_wrongly_is_a_signed_complaint_that_excludes_
     consortium.epoch = phase.finish()
     assert consortium.epoch.complaints == {C: (J,)}
     assert tuple(consortium.epoch.setups) == (D, J, I)
+    start = dataclasses.replace(consortium.start(0), sites=ALL)
     with pytest.raises(SecureAggregationError, match="sites whose setup this site accepted, got 'site-0'"):
-        start = dataclasses.replace(consortium.start(0), sites=ALL)
         consortium.mask(J, start, np.zeros(3, np.uint32))
     total, survivors, _ = consortium.run(consortium.start(0), dict.fromkeys((D, J, I), np.ones(3, np.uint32)))
     assert (total.tolist(), survivors) == ([3, 3, 3], (D, J, I))
