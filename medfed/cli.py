@@ -23,21 +23,31 @@ _ORDER = ("simulate", "study", "report")
 
 
 class _Commands(click.Group):
-    """A group whose commands are entry points."""
+    """A group whose commands are entry points; one named ``study.plan`` is a command of the group ``study``."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self._entries: dict[str, EntryPoint] = {e.name: e for e in entry_points(group="medfed.commands")}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        known = [name for name in _ORDER if name in self._entries]
-        return known + sorted(set(self._entries) - set(known))
+        own = {name for name in self._entries if "." not in name}
+        known = [name for name in _ORDER if name in own]
+        return known + sorted(own - set(known))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self._entries:
+        if cmd_name not in self._entries or "." in cmd_name:
             return None
-        command: click.Command = typer.main.get_command(self._entries[cmd_name].load())
-        command.name = cmd_name
+        command = self._loaded(cmd_name, cmd_name)
+        if isinstance(command, click.Group):
+            for name in sorted(self._entries):
+                group, _, inner = name.partition(".")
+                if inner and group == cmd_name:
+                    command.add_command(self._loaded(name, inner))
+        return command
+
+    def _loaded(self, entry: str, name: str) -> click.Command:
+        command: click.Command = typer.main.get_command(self._entries[entry].load())
+        command.name = name
         return command
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Check study files.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="Check study files, and say what they would cost.", no_args_is_help=True, add_completion=False)
 
 _Study = Annotated[Path, typer.Argument(help="Study file (TOML).", show_default=False)]
 

@@ -178,6 +178,8 @@ def _mark(path: Path, content: bytes) -> bool:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
+        for made in (path, path.parent):
+            sync_folder(made)  # whoever made it may have died before that, and the same answer may be given again
         return False
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)

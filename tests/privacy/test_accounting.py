@@ -379,3 +379,19 @@ def test_a_target_that_no_noise_reaches_is_refused(monkeypatch: pytest.MonkeyPat
 def test_mesh_of_the_prv_grid_is_that_of_the_theorem() -> None:
     """Gopi et al. 2021, theorem 5.5: error 0.01 over 200 steps, a thousandth of delta 1e-5 for truncation."""
     assert accounting._prv_mesh(200, 1e-5) == pytest.approx(0.01 / math.sqrt(100 * math.log(12 / 1e-8)), rel=1e-12)
+
+
+def test_what_rounding_may_take_of_delta_is_a_unit_per_point_and_ten_per_step() -> None:
+    runs = ((1.0, 0.1, 200),)
+    points = 2 * accounting._extent(runs, 1e-9) / accounting._prv_mesh(200, 1e-9)
+    lost = (points + 10 * 200) * 2.0**-52
+    assert 1e-9 - accounting._usable_delta(runs, 1e-9) == pytest.approx(lost, rel=1e-6)
+
+
+def test_delta_of_which_rounding_may_take_more_than_a_tenth_is_refused() -> None:
+    runs = ((1.0, 0.1, 200),)
+    lost = 1e-9 - accounting._usable_delta(runs, 1e-9)
+    assert accounting._usable_delta(runs, 12 * lost) > 0
+    for delta in (9 * lost, 2 * lost, lost / 2):
+        with pytest.raises(PrivacyError, match="float64 rounding would decide"):
+            accounting._usable_delta(runs, delta)

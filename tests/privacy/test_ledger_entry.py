@@ -178,3 +178,7 @@ def test_bytes_that_are_no_body_are_none(
     assert old in data
     assert read_body(data) is not None
     assert read_body(data.replace(old, new, 1)) is None
+
+
+def test_cap_below_one_is_as_good_as_any() -> None:
+    assert Cap(epsilon=0.5, delta=1e-5, unit="patient").epsilon == 0.5

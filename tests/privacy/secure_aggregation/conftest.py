@@ -18,7 +18,7 @@ from privacy.secure_aggregation.identity import Identity
 from privacy.secure_aggregation.journal import Journal
 from privacy.secure_aggregation.masking import add_mask
 from privacy.secure_aggregation.masks import add_pair_masks, own_mask_key
-from privacy.secure_aggregation.messages import Masked, OpenRequest, RoundStart, SetupBody, Shares, VoteRequest
+from privacy.secure_aggregation.messages import Masked, OpenRequest, RoundStart, Shares, Upload, VoteRequest
 from privacy.secure_aggregation.plan import SecureAggregationPlan
 from privacy.secure_aggregation.server import Epoch, SecureSum, SetupPhase
 from privacy.secure_aggregation.shamir import reconstruct
@@ -74,6 +74,12 @@ class Consortium:
 
     def mask(self, site: str, start: RoundStart, vector_P: Ring) -> Masked:
         return self.client(site).mask(start, vector_P, channel=start.channel, model=start.model)
+
+    @staticmethod
+    def upload(masked: Masked) -> Upload:
+        """Proof that a site uploaded."""
+        (_, vector_digest) = Masked.signed_fields(masked.round_id, masked.vector)
+        return Upload(masked.site, vector_digest, masked.signature)
 
     def run(
         self,
@@ -203,19 +209,20 @@ class Adversary:
                     seed = seeds[site]
                     assert seed is not None
                     add_mask(total_P, own_mask_key(seed, round_id, site), negative=True)
-                    for other, key in keys.items():
-                        if other not in group and key is not None:
-                            # What `other` adds for the pair is minus what `site` added.
-                            public = {site: _round_key(epoch.setups[site], slot)}
-                            add_pair_masks(
-                                total_P, other, key, public, sites=start.sites, others=[site], round_id=round_id
-                            )
+                    for other in start.sites:
+                        if other in group:
+                            continue
+                        # What `other` adds for the pair is minus what `site` added.
+                        by, key, with_, own = other, keys[other], site, False
+                        if key is None:
+                            by, key, with_, own = site, keys[site], other, True
+                        assert key is not None
+                        public = {with_: epoch.setups[with_].round_keys[slot]}
+                        add_pair_masks(
+                            total_P, by, key, public, sites=start.sites, others=[with_], round_id=round_id, negative=own
+                        )
                 found[group] = total_P
         return found
-
-
-def _round_key(body: SetupBody, slot: int) -> bytes:
-    return body.round_keys[slot]
 
 
 @pytest.fixture
