@@ -381,11 +381,12 @@ def test_mesh_of_the_prv_grid_is_that_of_the_theorem() -> None:
     assert accounting._prv_mesh(200, 1e-5) == pytest.approx(0.01 / math.sqrt(100 * math.log(12 / 1e-8)), rel=1e-12)
 
 
-def test_what_rounding_may_take_of_delta_is_a_unit_per_point_and_ten_per_step() -> None:
-    runs = ((1.0, 0.1, 200),)
-    points = 2 * accounting._extent(runs, 1e-9) / accounting._prv_mesh(200, 1e-9)
-    lost = (points + 10 * 200) * 2.0**-52
-    assert 1e-9 - accounting._usable_delta(runs, 1e-9) == pytest.approx(lost, rel=1e-6)
+@pytest.mark.parametrize("run", [(1.0, 0.1, 200), (100.0, 0.01, 1_000_000)])
+def test_what_rounding_may_take_of_delta_is_a_unit_per_point_and_ten_per_step(run: tuple[float, float, int]) -> None:
+    steps = run[2]
+    points = 2 * accounting._extent((run,), 1e-7) / accounting._prv_mesh(steps, 1e-7)
+    lost = (points + 10 * steps) * 2.0**-52
+    assert 1e-7 - accounting._usable_delta((run,), 1e-7) == pytest.approx(lost, rel=1e-3)
 
 
 def test_delta_of_which_rounding_may_take_more_than_a_tenth_is_refused() -> None:
