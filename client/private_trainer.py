@@ -257,10 +257,6 @@ def _facts(sums: Sequence[PatientSum], plan: PrivacyPlan, num_parameters: int) -
     return facts
 
 
-_JITTER = 0.02
-"""Standard deviation of what is added to the untrained adapter on which an engine is checked; as large as what the
-self-check adds to the tensors that train."""
-
 _engines: dict[tuple[AdaptedModel, str, tuple[str, ...]], Engine] = {}
 _choosing = Lock()
 
@@ -306,10 +302,7 @@ def checked_engine(
                 return task.stacked_losses(model, inputs, targets)
 
             in_place_P = model.read()
-            # What an earlier round left in place, diverged perhaps, decides nothing; and tensors that the phase
-            # holds are moved like the others, since behind a B of zero LoRA's A has no gradient to check.
-            jitter_P = torch.randn(model.initial_P.shape, generator=torch.Generator().manual_seed(1))
-            model.load(model.initial_P + _JITTER * jitter_P)
+            model.load(model.initial_P)  # what an earlier round left in place, diverged perhaps, decides nothing
             try:
                 _engines[key] = choose_engine(
                     study.privacy.engine,

@@ -55,7 +55,7 @@ def self_check(engine: Engine, *, batch_of: BatchOf, clip_norm: float) -> None:
         EngineError: naming what failed, the tensor where the error is largest, and what to change.
     """
     batch = batch_of(_NUM_SAMPLES)
-    with _as_it_was(engine.module), _moved_adapter(engine.parameters), torch.random.fork_rng():
+    with _as_it_was(engine.module), _moved_adapter(engine), torch.random.fork_rng():
         with _mode(engine.module, training=False):
             expected_BP = _expected(engine, batch)
             got_BP, _ = engine.gradients(batch)
@@ -262,17 +262,20 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _moved_adapter(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    kept = [parameter.detach().clone() for parameter in parameters.values()]
+def _moved_adapter(engine: Engine) -> Iterator[None]:
+    """What may train is moved, also where a phase holds it: behind a B of zero LoRA's A has no gradient to check."""
+    may_train = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    parameters = list({id(parameter): parameter for parameter in (*engine.parameters.values(), *may_train)}.values())
+    kept = [parameter.detach().clone() for parameter in parameters]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in parameters.values():
+        for parameter in parameters:
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=_JITTER)
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, value in zip(parameters.values(), kept, strict=True):
+            for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
 
 
