@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def _trained(x_NI: Tensor, y_N: Tensor, seed: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     layers = [
         torch.cat([torch.randn(o, i, generator=generator, dtype=torch.float64) / math.sqrt(i), torch.zeros(o, 1)], 1)
-        for i, o in zip(LAYERS, LAYERS[1:], strict=False)
+        for i, o in pairwise(LAYERS)
     ]
     for layer in layers:
         layer.requires_grad_()

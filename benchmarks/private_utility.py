@@ -48,11 +48,11 @@ def result_of(study: StudyConfig, folder: Path) -> Results:
         if StudyConfig.model_validate_json((run.parent / "study.json").read_bytes()).digest == digest:
             return read_results(run.parent)
     path = folder / f"{digest}.toml"
-    path.write_text(_toml(study))
+    path.write_text(toml_of(study))
     return simulate(path, out=folder, baselines=False).summary
 
 
-def _toml(study: StudyConfig) -> str:
+def toml_of(study: StudyConfig) -> str:
     """A study as TOML, the part of it that this study needs."""
     data = study.model_dump(mode="json", exclude_none=True)
     lines = [f"{key} = {json.dumps(value)}" for key, value in data.items() if not isinstance(value, (dict, list))]

@@ -37,8 +37,8 @@ from sqlite3 import Connection
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from medfed.canonical import sha256_hex
+from medfed.durable_file import make_private_folder, replace_durably
 from medfed.errors import LedgerError, PrivacyError, SiteError
-from privacy.durable_file import make_private_folder, replace_durably
 from privacy.ledger_cap import projected_epsilon, refusal, require_one_unit
 from privacy.ledger_chain import raw_hex, reply_key
 from privacy.ledger_entry import Body, Cap, Charge, Opened, Outcome, Reserved, Settled, checked_facts, signed_entry

@@ -28,8 +28,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from medfed.canonical import canonical_bytes
+from medfed.durable_file import replace_durably
 from medfed.errors import LedgerError
-from privacy.durable_file import replace_durably
 from privacy.ledger_chain import Chain
 
 _SIGNED = b"medfed privacy ledger head v1\0"

@@ -10,8 +10,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from medfed.durable_file import make_private_folder, sync_folder
 from medfed.errors import SiteError
-from privacy.durable_file import make_private_folder, sync_folder
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 

@@ -12,8 +12,8 @@ from collections.abc import Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from medfed.durable_file import sync_folder
 from medfed.errors import LedgerError
-from privacy.durable_file import sync_folder
 from privacy.ledger_entry import Entry
 
 BUSY_TIMEOUT_S = 60.0

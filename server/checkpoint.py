@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from medfed.adapter_manifest import AdapterManifest
+from medfed.durable_file import replace_durably
 from medfed.errors import AdapterMismatchError, CheckpointError
 from medfed.payload import decode_adapter, encode_adapter
 
@@ -76,12 +77,12 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         metadata={"medfed": _encode(facts), "metrics": lines},
     )
     write_durably(folder / CHECKPOINT, data)
-    _replace(folder / METRICS, lines.encode(), durably=False)
+    _replace(folder / METRICS, lines.encode())
 
 
 def write_metrics(folder: Path, checkpoint: Checkpoint) -> None:
     """Replace the folder's ``metrics.jsonl`` by the checkpoint's, atomically."""
-    _replace(folder / METRICS, _joined(checkpoint.metrics).encode(), durably=False)
+    _replace(folder / METRICS, _joined(checkpoint.metrics).encode())
 
 
 def _joined(lines: Iterable[str]) -> str:
@@ -119,21 +120,11 @@ def read_checkpoint(folder: Path, manifest: AdapterManifest, *, study_digest: st
 def write_durably(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a crash at any point leaves the old content or the new, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, data, durably=True)
+    replace_durably(path, data, mode=0o666)  # less what the user's umask takes away
 
 
-def _replace(path: Path, data: bytes, *, durably: bool) -> None:
+def _replace(path: Path, data: bytes) -> None:
+    """Whole or not at all, but not waiting for the disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        if durably:
-            file.flush()
-            os.fsync(file.fileno())
+    partial.write_bytes(data)
     partial.replace(path)
-    if not durably:
-        return
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from medfed.canonical import derive_seed
+from medfed.durable_file import make_private_folder, replace_durably
 from medfed.errors import StudyError
 from medfed.study import StudyConfig
-from privacy.durable_file import make_private_folder, replace_durably
 from privacy.secure_aggregation.identity import SECRET_BYTES, Identity
 
 

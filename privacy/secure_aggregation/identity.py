@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from medfed.durable_file import make_private_folder, sync_folder
 from medfed.errors import SecureAggregationError, SiteError
-from privacy.durable_file import make_private_folder, sync_folder
 from privacy.secure_aggregation.framing import labelled
 
 SECRET_BYTES = 32

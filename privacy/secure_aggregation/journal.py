@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from medfed.durable_file import make_private_folder, sync_folder
 from medfed.errors import SecureAggregationError, SiteError
-from privacy.durable_file import make_private_folder, sync_folder
 
 _CHECKSUM_BYTES = 32
 

@@ -9,24 +9,14 @@ Memory is measured in a process for each arm, all with the allocator settings of
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from simulation.bench.one_thread import answers
 from simulation.bench.rows import Row
 from simulation.progress import Reporter
-
-_ENVIRONMENT = {
-    **os.environ,
-    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_HUB_OFFLINE": "1",
-}
 
 _BESIDE = ("opacus-hooks", "opacus-ghost")
 """Arms that are shown and promised nothing."""
@@ -166,14 +156,4 @@ def _median_ratio(numerator: list[float], denominator: list[float]) -> float:
 def _answers(scale: Scale, *question: str) -> Iterator[dict[str, Any]]:
     """The lines that a process of :mod:`simulation.bench.dp_steps` prints, as it prints them."""
     work = json.dumps({"batch_size": scale.batch_size, "num_blocks": scale.num_blocks})
-    command = [sys.executable, "-m", "simulation.bench.dp_steps", work, *question]
-    with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(  # noqa: S603 - this interpreter, and a module of ours
-            command, env=_ENVIRONMENT, stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                yield json.loads(line)
-        if process.returncode != 0:
-            errors.seek(0)
-            raise RuntimeError(f"{' '.join(command)} failed:\n{errors.read()[-2000:]}")
+    return answers("simulation.bench.dp_steps", work, *question)

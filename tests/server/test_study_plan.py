@@ -178,7 +178,9 @@ def test_nothing_is_recommended_where_no_noise_is_added(
 ) -> None:
     study = make_secure_study()
     sites = [site.model_copy(update={"declared_patients": None}) for site in study.sites]
-    noiseless = shared(study, trust="none", epsilon=None, secure={"update_clip_norm": 8.0}).replace(secure_aggregation=None)
+    noiseless = shared(study, trust="none", epsilon=None, secure={"update_clip_norm": 8.0}).replace(
+        secure_aggregation=None
+    )
     masked, plain, unnoised = (
         plan_study(resolve(one, CPU)) for one in (study, study.replace(secure_aggregation=None, sites=sites), noiseless)
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from privacy.durable_file import make_private_folder, replace_durably
+from medfed.durable_file import make_private_folder, replace_durably
 
 
 def test_bytes_are_synced_before_they_get_their_name_and_the_folder_after(
