@@ -110,7 +110,7 @@ def shared_noise_reply(
         )
     plan = PrivacyPlan.of_study(study)
     engine = engine_for(study, model, phase, site)
-    request = sha256_hex(masked.id)
+    request, _ = sha256_hex(masked.id), channel.room  # that a gradient fits is made sure of before the charge
     with _charged(instruction, study, plan, request, site) as kept:
         result = clipped_integers(
             model,

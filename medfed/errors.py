@@ -12,6 +12,7 @@
     |   +-- DivergedError           exit 6   training that ended with NaN or infinity
     +-- MessageError                exit 7   a round message that cannot be read
     +-- RoundError                  exit 8   a round that cannot be completed (quorum, deadline)
+    |   +-- LostRoundError          exit 8   a secure sum that was agreed on and can no longer be opened
     +-- CheckpointError             exit 9   a run folder that cannot be continued
     +-- DeviceError                 exit 10  a device that was asked for and is not there
     +-- SiteError                   exit 11  the site's own set-up is not as it must be
@@ -103,6 +104,12 @@ class RoundError(MedfedError):
 
     exit_code = 8
     public = "the round did not reach its quorum"
+
+
+class LostRoundError(RoundError):
+    """A secure sum whose survivors were agreed on, too few of whom are left to open it; no other may be opened."""
+
+    public = "the sum of the round can no longer be opened"
 
 
 class CheckpointError(MedfedError):

@@ -7,6 +7,7 @@ one that was not.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from medfed.errors import AdapterMismatchError, RoundError
+from medfed.errors import AdapterMismatchError, LostRoundError, RoundError
 from medfed.messages import Action, RoundInstruction
 from medfed.payload import decode_adapter, encode_adapter
 from medfed.study import ALL_SITES, StudyConfig
@@ -135,7 +136,10 @@ class _Loop:
         payload = encode_adapter(state.adapter_P, manifest)
         if self._secure_sums is not None:
             channel = SecureChannel.training(self._study, number, phase)
-            summed = self._secure_sums.sum("train", channel, payload)
+            try:
+                summed = self._secure_sums.sum("train", channel, payload)
+            except LostRoundError as error:
+                return self._without_round(state, error)
             assert summed.sum.update_P is not None
             sums = statistics_of(phase, upload_manifest, summed.sum.update_P, summed.sum.weight)
             return self._next(state, sums, [self._sum_line("train", number, summed)])
@@ -160,6 +164,18 @@ class _Loop:
         ]
         return self._next(state, sums, lines)
 
+    def _without_round(self, state: Checkpoint, error: LostRoundError) -> Checkpoint:
+        """The state after a round whose sum is lost: the adapter stays as it was.
+
+        Raises:
+            LostRoundError: if the round before was lost as well: something is wrong that more rounds do not mend.
+        """
+        number = state.round + 1
+        if state.metrics and json.loads(state.metrics[-1])["event"] == "lost":
+            raise error
+        _log.warning("event=lost round=%d why=%s", number, error)
+        return replace(state, round=number, metrics=(*state.metrics, self._line("lost", number, ALL_SITES, {})))
+
     def _next(self, state: Checkpoint, sums: Tree, lines: Sequence[str]) -> Checkpoint:
         """The state after a round whose statistics are these."""
         number, manifest = state.round + 1, self._study.resolved_manifest
@@ -177,7 +193,11 @@ class _Loop:
         payload = encode_adapter(state.adapter_P, self._study.resolved_manifest)
         if self._secure_sums is not None:
             channel = SecureChannel.evaluation(self._study, state.round)
-            summed = self._secure_sums.sum("evaluate", channel, payload)
+            try:
+                summed = self._secure_sums.sum("evaluate", channel, payload)
+            except LostRoundError as error:
+                _log.warning("event=lost_evaluation round=%d why=%s", state.round, error)
+                return state
             return replace(state, metrics=(*state.metrics, self._sum_line("evaluate", state.round, summed)))
         sites = self._federation.evaluate_sites
         answered = self._ask("evaluate", self._nodes(sites), state.round, payload)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from medfed.errors import RoundError, SecureAggregationError
+from medfed.errors import LostRoundError, RoundError, SecureAggregationError
 from medfed.messages import Action
 from medfed.study import StudyConfig
 from privacy.secure_aggregation.framing import number
@@ -70,6 +70,7 @@ class SecureSums:
         self._quorum = max(quorum, self._plan.min_sites)
         self._epoch: Epoch | None = None
         self._next_slot = 0
+        self._named_survivors = False
 
     def sum(self, action: Action, channel: SecureChannel, adapter: bytes) -> SummedRound:
         """Have every site act on ``adapter`` and open the sum of their vectors.
@@ -79,19 +80,32 @@ class SecureSums:
             channel: what is summed.
             adapter: payload of the global adapter.
 
+        Sites agree to one set of survivors in a round, however often it is tried: the difference of two sums would
+        be one site's part. So once survivors were named, another try must find the same ones.
+
         Raises:
-            RoundError: if too few sites sent a vector, or helped to open the sum; nothing was opened, and the run
-                can be resumed. Names who failed and why.
+            RoundError: if too few sites sent a vector; nothing was opened, and the run can be resumed. Names who
+                failed and why.
+            LostRoundError: if survivors were named and twice too few of them helped to open the sum: this round's
+                sum is lost, and the next round can begin.
         """
-        failures: dict[str, str] = {}
-        try:
-            return self._summed(action, channel, adapter, failures)
-        except SecureAggregationError as error:
-            self._epoch = None
-            reasons = "; ".join(f"{site}: {why}" for site, why in failures.items())
-            raise RoundError(f"Round {channel.round}: {error} {f'[{reasons}] ' if reasons else ''}Resume.") from None
+        for is_last in (False, True):
+            failures: dict[str, str] = {}
+            try:
+                return self._summed(action, channel, adapter, failures)
+            except SecureAggregationError as error:
+                self._epoch = None
+                reasons = "; ".join(f"{site}: {why}" for site, why in failures.items())
+                told = f"Round {channel.round}: {error}{f' [{reasons}]' if reasons else ''}"
+                if not self._named_survivors:
+                    raise RoundError(f"{told} Correct that and resume.") from None
+                if is_last:
+                    raise LostRoundError(f"{told} Correct that before the next round.") from None
+                _log.warning("event=opened_too_little round=%d", channel.round)
+        raise AssertionError  # the last try returns or raises
 
     def _summed(self, action: Action, channel: SecureChannel, adapter: bytes, failures: dict[str, str]) -> SummedRound:
+        self._named_survivors = False
         if self._epoch is None or self._next_slot == self._plan.rounds_per_epoch:
             self._epoch = self._begin_epoch(channel.round, failures)
         epoch = self._epoch
@@ -107,6 +121,7 @@ class SecureSums:
                 "up, and nothing of it was opened."
             )
         summing.close()
+        self._named_survivors = True
         if summing.needs_votes:
             request = summing.vote_request().to_bytes()
             self._collect("secure_vote", start.sites, channel.round, request, Vote.parse, summing.add_vote, failures)

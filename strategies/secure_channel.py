@@ -126,13 +126,23 @@ class SecureChannel:
 
         Costs no privacy: two sums that differ by a vector of some norm differ by no more after it.
         """
+        return np.clip(clipped_P, -self.room, self.room)
+
+    @cached_property
+    def room(self) -> int:
+        """Largest integer of a site's clipped sum beside which its share of the noise fits.
+
+        Raises:
+            PrivacyError: if not even one patient's gradient fits.
+        """
         room = self._integer_limit - math.ceil(NOISE_DEVIATIONS * math.sqrt(self._plan.share_variance))
         if room < self._plan.l2_bound:
             raise PrivacyError(
-                f"Expected room for the noise of {len(self.study.sites)} sites in {_RING_BITS} bits, got none left "
-                "for a patient; use fewer sites, or less noise."
+                f"Expected room for a patient's {self._plan.l2_bound} units beside the noise of "
+                f"{len(self.study.sites)} sites in {_RING_BITS} bits, got {room}; use fewer sites, or a larger "
+                "noise_multiplier, which makes the units coarser."
             )
-        return np.clip(clipped_P, -room, room)
+        return room
 
     def scores(self, metrics: Mapping[str, float]) -> Ring:
         """A site's vector of metrics alone."""
