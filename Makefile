@@ -30,8 +30,8 @@ setup-ray: setup ## Add Ray, for `medfed simulate --engine ray`.
 demo: setup ## Four virtual hospitals adapt LiteMedSAM; ends with a table and a report.
 	$(BIN)/medfed simulate examples/brain-structures.toml
 
-test: setup ## The whole test-suite.
-	$(BIN)/python -m pytest
+test: setup ## The whole test-suite, file by file on up to four cores.
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-fast: setup ## Tests that need neither time, weights nor processes.
 	$(BIN)/python -m pytest -m "not slow and not weights and not process"

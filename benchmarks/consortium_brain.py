@@ -6,7 +6,7 @@ For each epsilon and seed two simulations of ``examples/brain-structures-consort
 ``consortium`` and its baselines (pooled and each hospital alone, with all noise of the same multiplier), and with trust
 ``site`` in rounds of four steps, as the private demo has it. Runs go to FOLDER; finished ones are not run again,
 stopped ones go on. Then all pairs of finished runs in FOLDER are written to ``docs/results/consortium-brain.json``.
-One pair takes about ten minutes on an idle core. Without options: epsilon 8, 2 and 1, seeds 2026 to 2028.
+One pair takes about a quarter of an hour on one core. Without options: epsilon 8, 2 and 1, seeds 2026 to 2028.
 """
 
 from __future__ import annotations

@@ -36,9 +36,15 @@ def evaluate(message: Message, context: Context) -> Message:
     return _answer(message, context, serve.evaluate)
 
 
+@app.query("secure_advertise")
+def secure_advertise(message: Message, context: Context) -> Message:
+    """Take part in an epoch of secure sums."""
+    return _answer(message, context, secure_round.advertise)
+
+
 @app.query("secure_setup")
 def secure_setup(message: Message, context: Context) -> Message:
-    """Make keys for an epoch of secure sums."""
+    """Make keys for an epoch of secure sums, and share them out."""
     return _answer(message, context, secure_round.setup)
 
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from client.data import Cohort
 from client.site import Site
-from medfed.errors import AdapterMismatchError, StudyError
+from medfed.errors import AdapterMismatchError, MessageError, StudyError
 from medfed.messages import Fields, RoundInstruction, RoundReply, bytes_field
 from medfed.models.adapted import AdaptedModel, adapted_model
 from medfed.study import POOLED_SITE, StudyConfig, parse_study
@@ -18,9 +18,12 @@ def approved_study(instruction: RoundInstruction, fields: Fields, site: Site) ->
 
     Raises:
         StudyError: if it is another study, or not one of this site's.
+        MessageError: if the study has no such round.
         PolicyError: if the policy does not allow it, or the scope.
     """
     study = _known_study(bytes_field(fields, "study"), instruction.study_digest)
+    if instruction.round > study.rounds.num_rounds:
+        raise MessageError(f"Expected a round in 0..{study.rounds.num_rounds}, got {instruction.round}.")
     if site.name not in (*study.site_names, POOLED_SITE):
         raise StudyError(f"Expected a study with site {site.name!r}, got sites {', '.join(study.site_names)}.")
     site.cohort_name(instruction.scope)

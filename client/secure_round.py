@@ -24,17 +24,24 @@ from medfed.study import FEDERATED, StudyConfig
 from privacy.secure_aggregation.client import SecureClient
 from privacy.secure_aggregation.encoding import Ring
 from privacy.secure_aggregation.framing import read_number
-from privacy.secure_aggregation.messages import OpenRequest, Relay, RoundStart, VoteRequest
+from privacy.secure_aggregation.messages import OpenRequest, Relay, Roster, RoundStart, VoteRequest
 from privacy.secure_aggregation.plan import SecureAggregationPlan
 from strategies.secure_channel import SecureChannel
 
 _log = logging.getLogger("medfed.client.secure_round")
 
 
-def setup(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
-    """Keys for an epoch of secure sums, made anew; nothing trains."""
+def advertise(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
+    """A key for an epoch of secure sums, made anew; nothing trains."""
     client = _client(instruction, fields, site)
-    made = client.setup(read_number(bytes_field(fields, "secure")))
+    advertised = client.advertise(read_number(bytes_field(fields, "secure")))
+    return reply_to(instruction, site).to_fields(secure=advertised.to_bytes())
+
+
+def setup(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
+    """Secrets for an epoch of secure sums, shared out in sealed boxes; nothing trains."""
+    client = _client(instruction, fields, site)
+    made = client.setup(Roster.parse(bytes_field(fields, "secure")))
     return reply_to(instruction, site).to_fields(secure=made.to_bytes())
 
 

@@ -19,7 +19,7 @@ from client.site import Site
 from client.trainer import evaluate_locally, train_locally
 from medfed.adapter_manifest import AdapterManifest
 from medfed.canonical import derive_seed
-from medfed.errors import PolicyError
+from medfed.errors import MessageError, PolicyError
 from medfed.messages import Fields, RoundInstruction, bytes_field
 from medfed.models.adapted import AdaptedModel
 from medfed.payload import decode_adapter, encode_adapter
@@ -54,6 +54,8 @@ def train(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
 
     A private update is all that is told of a private round: no loss, and a public size.
     """
+    if instruction.round < 1:
+        raise MessageError("Expected a round from 1 on to train for, got 0.")
     study, model = study_and_model(instruction, fields, site)
     cohort = checked_cohort(study, model, site)
     phase = strategy_of(study.strategy).plan(instruction.round)
@@ -78,6 +80,8 @@ def _masked_update(
         return shared_noise_reply(instruction, adapter, study, model, phase, site, channel, masked)
     payload, metrics = _update(instruction, adapter, study, model, phase, site)
     update_P = decode_adapter(payload, phase.upload_manifest(study.resolved_manifest))
+    if channel.scales_down(update_P, site.name):
+        _log.warning("event=update_scaled_down round=%d raise=update_clip_norm", instruction.round)
     return masked.masked(channel.weighted(update_P, site.name, metrics))
 
 

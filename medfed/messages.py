@@ -136,6 +136,9 @@ def bytes_field(fields: Fields, name: str) -> bytes:
     return value
 
 
-Action = Literal["describe", "train", "evaluate", "secure_setup", "secure_accept", "secure_vote", "secure_open"]
+Action = Literal[
+    "describe", "train", "evaluate", "secure_advertise", "secure_setup", "secure_accept", "secure_vote", "secure_open"
+]
 """``describe``: who are you and is your cohort in order; then ``train`` and ``evaluate``. With secure aggregation
-``setup`` and ``accept`` come before an epoch of rounds, ``vote`` (if a site is missing) and ``open`` after each."""
+``advertise``, ``setup`` and ``accept`` come before an epoch of rounds, ``vote`` (if a site is missing) and ``open``
+after each."""

@@ -232,7 +232,7 @@ class PrivacyConfig(_Section):
 
 
 class SecureAggregationConfig(_Section):
-    """Only sums over sites are seen, by anyone; how many sites must be in them (:class:`medfed.consortium.Quorum`).
+    """Of each round, sums over one set of sites are opened, and nothing else (:class:`medfed.consortium.Quorum`).
 
     Nothing that changes the guarantee has a default; ``threshold`` and ``min_sites`` are at their least if left out.
 
@@ -326,7 +326,6 @@ class SiteConfig(_Section):
             is made of.
         signing_key: Ed25519 public key of the site, 64 hexadecimal digits; for [secure_aggregation]. A simulation
             makes keys where there are none.
-        box_key: X25519 public key of the site, likewise.
     """
 
     name: Name
@@ -337,7 +336,6 @@ class SiteConfig(_Section):
     lesion_prevalence: Annotated[float, Field(ge=0, le=1)] | None = None
     declared_patients: Annotated[int, Field(ge=1)] | None = None
     signing_key: Digest | None = None
-    box_key: Digest | None = None
 
 
 class StudyConfig(_Section):
@@ -444,8 +442,6 @@ class StudyConfig(_Section):
             )
         if site.declared_patients is not None and (not needs_size or self.cohort is not None):
             raise ValueError(f"site {site.name!r}: declared_patients is for [privacy] and a site's own data; remove it")
-        if (site.signing_key is None) != (site.box_key is None):
-            raise ValueError(f"site {site.name!r}: signing_key and box_key go together; add or remove one")
         recipe: dict[str, object] = {
             "scanner": site.scanner,
             "train_patients": site.train_patients,

@@ -22,6 +22,7 @@ _MESSAGE_TYPES: dict[Action, str] = {
     "describe": "query.describe",
     "train": "train",
     "evaluate": "evaluate",
+    "secure_advertise": "query.secure_advertise",
     "secure_setup": "query.secure_setup",
     "secure_accept": "query.secure_accept",
     "secure_vote": "query.secure_vote",

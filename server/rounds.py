@@ -7,7 +7,6 @@ one that was not.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -98,6 +97,7 @@ class _Loop:
         self._strategy = strategy_of(study.strategy)
         self._metric_names = task_of(study.task).metric_names
         self._node_of: dict[str, int] = {}
+        self._lost_round: int | None = None
         self._secure_sums: SecureSums | None = None
         if study.sums_securely_in(federation.scope):
             self._secure_sums = SecureSums(study, federation.scope, self._ask_sites, quorum=federation.quorum)
@@ -168,11 +168,13 @@ class _Loop:
         """The state after a round whose sum is lost: the adapter stays as it was.
 
         Raises:
-            LostRoundError: if the round before was lost as well: something is wrong that more rounds do not mend.
+            LostRoundError: if the round before was lost as well: something is wrong that more rounds do not mend. A
+                run that is resumed after that goes past the round.
         """
         number = state.round + 1
-        if state.metrics and json.loads(state.metrics[-1])["event"] == "lost":
+        if self._lost_round == state.round:
             raise error
+        self._lost_round = number
         _log.warning("event=lost round=%d why=%s", number, error)
         return replace(state, round=number, metrics=(*state.metrics, self._line("lost", number, ALL_SITES, {})))
 

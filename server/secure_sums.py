@@ -18,7 +18,7 @@ from medfed.errors import LostRoundError, RoundError, SecureAggregationError
 from medfed.messages import Action
 from medfed.study import StudyConfig
 from privacy.secure_aggregation.framing import number
-from privacy.secure_aggregation.messages import Acceptance, Masked, Setup, Shares, Vote
+from privacy.secure_aggregation.messages import Acceptance, Advertised, Masked, Setup, Shares, Vote
 from privacy.secure_aggregation.plan import SecureAggregationPlan
 from privacy.secure_aggregation.server import Epoch, SecureSum, SetupPhase
 from server.exchange import Exchange
@@ -140,9 +140,11 @@ class SecureSums:
         # Sites take an epoch newer than any before; a server that lost its state need not know which that was.
         epoch = time.time_ns() // 1_000_000
         phase = SetupPhase(self._plan, epoch)
-        sites = self._plan.sites
-        self._collect("secure_setup", sites, round_number, number(epoch), Setup.parse, phase.add, failures)
-        there = [site for site in sites if site not in failures]
+        sites, asked = self._plan.sites, number(epoch)
+        self._collect("secure_advertise", sites, round_number, asked, Advertised.parse, phase.advertise, failures)
+        roster = phase.roster
+        self._collect("secure_setup", roster.sites, round_number, roster.to_bytes(), Setup.parse, phase.add, failures)
+        there = [site for site in roster.sites if site not in failures]
         relays = {site: phase.relay_to(site).to_bytes() for site in there}
         self._collect("secure_accept", there, round_number, relays, Acceptance.parse, phase.accept, failures)
         self._next_slot = 0

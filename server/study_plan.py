@@ -25,10 +25,12 @@ from privacy.secure_aggregation.framing import number
 from privacy.secure_aggregation.messages import (
     SHARE_BYTES,
     Acceptance,
+    Advertised,
     Masked,
     OpenRequest,
     Relay,
     RelayedSetup,
+    Roster,
     RoundStart,
     Setup,
     SetupBody,
@@ -47,7 +49,7 @@ FEW_HONEST = 2
 """Honest sites in a sum at which a site is warned: each of two knows the other's part."""
 
 _ELEMENT_BYTES = 4  # float32 in an adapter, uint32 under masks
-_DIGEST, _SIGNATURE, _BOX_TAG = bytes(32), bytes(64), bytes(16)
+_DIGEST, _KEY, _SIGNATURE, _BOX_TAG = bytes(32), bytes(32), bytes(64), bytes(16)
 
 Shared = Literal["consortium", "site"]
 
@@ -229,12 +231,7 @@ def traffic_of(study: StudyConfig) -> Traffic:
         up = HEADER_BYTES + _ELEMENT_BYTES * upload.num_elements
         return Traffic(round_up=up, round_down=adapter + len(study.canonical), keys_up=0, keys_down=0, sums_per_keys=0)
     some_key = "0" * 64
-    keyed = [
-        site.model_copy(
-            update={"signing_key": site.signing_key or some_key, "box_key": site.box_key or some_key},
-        )
-        for site in study.sites
-    ]
+    keyed = [site.model_copy(update={"signing_key": site.signing_key or some_key}) for site in study.sites]
     described = len(study.replace(sites=tuple(keyed)).canonical)
     assert study.secure_aggregation is not None
     channel, sums = SecureChannel.training(study, 1, phase), study.secure_aggregation.rounds_per_epoch
@@ -244,20 +241,23 @@ def traffic_of(study: StudyConfig) -> Traffic:
     start = RoundStart(_DIGEST, 0, 0, _DIGEST, _DIGEST, sites)
     masked = len(Masked(longest, _DIGEST, _SIGNATURE, b"").to_bytes()) + _ELEMENT_BYTES * channel.num_elements
     shares = len(Shares(longest, _DIGEST, (bytes(SHARE_BYTES),) * len(sites), _SIGNATURE).to_bytes())
+    advertised = {site: Advertised(site, _DIGEST, 0, _KEY, _SIGNATURE) for site in sites}
+    roster = Roster(_DIGEST, 0, tuple(advertised.values())).to_bytes()
     box = bytes(2 * SHARE_BYTES * sums) + _BOX_TAG
     bodies = {
         site: SetupBody(
-            site, _DIGEST, 0, (_DIGEST,) * sums, (_DIGEST,) * sums, _DIGEST, (_DIGEST,) * len(sites)
+            site, _DIGEST, 0, _DIGEST, (_KEY,) * sums, (_DIGEST,) * sums, (_DIGEST,) * len(sites)
         ).to_bytes()
         for site in sites
     }
     setup = Setup(bodies[longest], _SIGNATURE, (box,) * len(sites)).to_bytes()
     relay = Relay(_DIGEST, 0, tuple(RelayedSetup(bodies[site], _SIGNATURE, box) for site in sites)).to_bytes()
+    acceptance = Acceptance(longest, 0, (), _SIGNATURE).to_bytes()
     return Traffic(
         round_up=masked + shares,
         round_down=adapter + 2 * described + len(start.to_bytes()) + len(OpenRequest(start, sites).to_bytes()),
-        keys_up=len(setup) + len(Acceptance(longest, 0, (), _SIGNATURE).to_bytes()),
-        keys_down=2 * described + len(number(0)) + len(relay),
+        keys_up=len(advertised[longest].to_bytes()) + len(setup) + len(acceptance),
+        keys_down=3 * described + len(number(0)) + len(roster) + len(relay),
         sums_per_keys=sums,
     )
 

@@ -189,7 +189,7 @@ def _recipe(study: StudyConfig) -> CohortRecipe:
             structures=study.task.classes if study.task.kind == "segmentation" else (),
             images_per_patient=study.cohort.images_per_patient,
             sites=tuple(
-                SiteRecipe(**site.model_dump(exclude={"data", "signing_key", "box_key"}, exclude_none=True))
+                SiteRecipe(**site.model_dump(exclude={"data", "signing_key"}, exclude_none=True))
                 for site in study.sites
             ),
         )

@@ -27,14 +27,13 @@ def with_identities(study: StudyConfig) -> tuple[StudyConfig, dict[str, bytes]]:
     if named := [site.name for site in study.sites if site.signing_key is not None]:
         raise StudyError(
             f"Expected a study without keys, since virtual sites get their own, got keys of {named[0]!r}; remove "
-            "signing_key and box_key to simulate it."
+            "signing_key to simulate it."
         )
     secrets = {site: _secret(study, site) for site in study.site_names}
     sites = []
     for site in study.sites:
-        identity = Identity(secrets[site.name])
-        keys = {"signing_key": identity.signing_key.hex(), "box_key": identity.box_key.hex()}
-        sites.append(site.model_copy(update=keys))
+        signing_key = Identity(secrets[site.name]).signing_key
+        sites.append(site.model_copy(update={"signing_key": signing_key.hex()}))
     return study.replace(sites=tuple(sites)), secrets
 
 

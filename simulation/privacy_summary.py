@@ -74,10 +74,11 @@ def _confidentiality(study: StudyConfig) -> str:
     quorum = study.secure_quorum
     colluding = f"{quorum.max_colluding} site{'s' if quorum.max_colluding != 1 else ''}"
     return (
-        f"Updates and metrics are masked: the server, even together with {colluding}, learns only sums over at least "
-        f"{quorum.min_honest} honest sites, who took part, and when. Designed after Bonawitz et al. 2017; not formally "
-        "verified or audited. The scores of single sites shown here were computed beside the run, as only a "
-        "simulation can."
+        f"Updates and metrics are masked: of each round, the server, even together with {colluding}, learns only sums "
+        f"over one set of sites with at least {quorum.min_honest} honest ones, who took part, and when. Sums of "
+        "different rounds may be over different sites, and together they tell more. Designed after Bonawitz et al. "
+        "2017; not formally verified or audited. The scores of single sites shown here were computed beside the run, "
+        "as only a simulation can."
     )
 
 

@@ -113,6 +113,11 @@ class SecureChannel:
         encoded_P = self._fixed_point.encode(update_P.double() * share, names=self.manifest.name_at)
         return self._with_metrics(encoded_P, metrics)
 
+    def scales_down(self, update_P: Tensor, site: str) -> bool:
+        """Whether :meth:`weighted` scales a site's update down, as it is longer than the update clip norm."""
+        share = self.weight(site) / self._largest_weight
+        return float(torch.linalg.vector_norm(update_P.double() * share)) > self._fixed_point.clip_norm
+
     def noised(self, integers_P: NDArray[np.int64]) -> Ring:
         """A site's vector from a clipped sum of integers that carries its share of noise.
 

@@ -5,6 +5,7 @@ processes at once, this site
 
 * masks one vector in a slot of an epoch, ever;
 * agrees to one set of survivors in a slot, ever, which has ``min_sites`` members or more;
+* agrees to the same set whenever the same thing (channel) is summed again, in whatever slot or epoch;
 * gives of each other site a share of its own mask's seed or of its round key, never of both;
 * gives shares of round keys only when every survivor is proved to have masked its vector for this very round.
 
@@ -34,7 +35,7 @@ from medfed.errors import SecureAggregationError
 from privacy.secure_aggregation.codec import BYTES, SITE, SITES, WireMessage, many, nested, sized
 from privacy.secure_aggregation.encoding import Ring
 from privacy.secure_aggregation.framing import frame, names, number
-from privacy.secure_aggregation.identity import KEY_BYTES, Identity, derived_key, shared_secret
+from privacy.secure_aggregation.identity import KEY_BYTES, Identity, derived_key, gives_secrets, shared_secret
 from privacy.secure_aggregation.journal import Journal
 from privacy.secure_aggregation.masking import add_mask
 from privacy.secure_aggregation.masks import add_pair_masks, own_mask_key
@@ -44,9 +45,11 @@ from privacy.secure_aggregation.messages import (
     SHARE,
     SHARE_BYTES,
     Acceptance,
+    Advertised,
     Masked,
     OpenRequest,
     Relay,
+    Roster,
     RoundStart,
     Setup,
     SetupBody,
@@ -85,9 +88,10 @@ class _Own(WireMessage):
 
 @dataclass(frozen=True)
 class _OwnEpoch(WireMessage):
-    """What a site keeps from setup to acceptance: the body that it signed, and its secrets of each slot."""
+    """What a site keeps from setup to acceptance: the body that it signed, for whom, and its secrets of each slot."""
 
     body: Annotated[bytes, BYTES]
+    roster: Annotated[Roster, nested(Roster)]
     slots: Annotated[tuple[_Own, ...], many(nested(_Own))]
 
 
@@ -145,15 +149,35 @@ class SecureClient:
         self._journal = Journal(journal_folder)
         self._random_bytes = random_bytes
 
-    def setup(self, epoch: int) -> Setup:
-        """New keys and seeds for every round of an epoch, shared out in sealed boxes. Ends every earlier epoch.
+    def advertise(self, epoch: int) -> Advertised:
+        """A new key to which others can seal what they send this site in an epoch. Ends every earlier epoch.
+
+        The private half is in the journal and nowhere else: a site that lost its journal cannot open what was sealed
+        to it before, and so counts once, whatever it is asked afterwards.
 
         Raises:
             SecureAggregationError: if the epoch is not newer than any before.
             SiteError: if the journal cannot be written.
         """
-        plan = self._plan
         self._journal.forget_older_than(ABANDONED_AFTER_S)
+        private_key = X25519PrivateKey.from_private_bytes(self._random_bytes(KEY_BYTES))
+        box_key = private_key.public_key().public_bytes(*_RAW_PUBLIC)
+        self._journal.begin_epoch(epoch, private_key.private_bytes(*_RAW_PRIVATE))
+        fields = Advertised.signed_fields(self._plan.digest, epoch, box_key)
+        signature = self._identity.sign("advertised", *fields)
+        return Advertised(self._site, self._plan.digest, epoch, box_key, signature)
+
+    def setup(self, roster: Roster) -> Setup:
+        """New keys and seeds for every round of an epoch, shared out in boxes sealed to the roster; once in an epoch.
+
+        Raises:
+            SecureAggregationError: if the roster is for another plan, not in the order of the members, not signed by
+                each, without this site's own key, or has fewer than ``min_sites``; or if this site shared out
+                secrets before.
+        """
+        plan, epoch = self._plan, roster.epoch
+        private_key = X25519PrivateKey.from_private_bytes(self._journal.own(epoch))
+        self._check_roster(roster, private_key.public_key().public_bytes(*_RAW_PUBLIC))
         slots = range(plan.rounds_per_epoch)
         keys = [X25519PrivateKey.from_private_bytes(self._random_bytes(SHARE_BYTES)) for _ in slots]
         seeds = [self._random_bytes(SHARE_BYTES) for _ in slots]
@@ -162,26 +186,25 @@ class SecureClient:
         shares = split(
             flat,
             threshold=plan.threshold,
-            points=[plan.point(site) for site in plan.sites],
+            points=[plan.point(site) for site in roster.sites],
             random_bytes=self._random_bytes,
         )
-        ephemeral = X25519PrivateKey.from_private_bytes(self._random_bytes(SHARE_BYTES))
         boxes = tuple(
-            ChaCha20Poly1305(
-                self._box_key(shared_secret(ephemeral, member.box_key), epoch, self._site, member.site)
-            ).encrypt(_NONCE, share.tobytes(), None)
-            for member, share in zip(plan.members, shares, strict=True)
+            self._cipher(private_key, other.box_key, roster, self._site, other.site).encrypt(
+                _NONCE, share.tobytes(), None
+            )
+            for other, share in zip(roster.advertised, shares, strict=True)
         )
         body = SetupBody(
             site=self._site,
             plan=plan.digest,
             epoch=epoch,
+            roster=roster.digest,
             round_keys=tuple(key.public_key().public_bytes(*_RAW_PUBLIC) for key in keys),
             commitments=tuple(sha256(seed).digest() for seed in seeds),
-            ephemeral_key=ephemeral.public_key().public_bytes(*_RAW_PUBLIC),
             box_digests=tuple(sha256(box).digest() for box in boxes),
         ).to_bytes()
-        self._journal.begin_epoch(epoch, _OwnEpoch(body, own).to_bytes())
+        self._journal.deal(epoch, _OwnEpoch(body, roster, own).to_bytes())
         return Setup(body, self._identity.sign("setup", body), boxes)
 
     def accept(self, relay: Relay) -> Acceptance:
@@ -198,14 +221,16 @@ class SecureClient:
         plan, epoch = self._plan, relay.epoch
         if relay.plan != plan.digest:
             raise SecureAggregationError("Expected setups for this site's plan, got some for another; check the study.")
-        own = _OwnEpoch.parse(self._journal.own(epoch))
+        own = _OwnEpoch.parse(self._journal.dealt(epoch))
+        private_key = X25519PrivateKey.from_private_bytes(self._journal.own(epoch))
+        place = own.roster.sites.index(self._site)
         bodies: dict[str, SetupBody] = {}
         digests: dict[str, bytes] = {}
         opened: dict[str, bytes] = {}
         complaints = []
         for setup in relay.setups:
             body = SetupBody.parse(setup.body)
-            self._check_setup(body, epoch)
+            self._check_setup(body, own.roster)
             if body.site in digests:
                 raise SecureAggregationError(f"Expected one setup of site {body.site!r}, got two.")
             if not plan.member(body.site).has_signed(setup.signature, "setup", setup.body):
@@ -214,12 +239,12 @@ class SecureClient:
                 )
             if body.site == self._site and setup.body != own.body:
                 raise SecureAggregationError("Expected this site's own setup as it was sent, got another.")
-            if sha256(setup.box).digest() != body.box_digests[plan.index(self._site)]:
+            if sha256(setup.box).digest() != body.box_digests[place]:
                 raise SecureAggregationError(
                     f"Expected the box that {body.site!r} sealed for this site, got another: it was changed on the way."
                 )
             digests[body.site] = sha256(setup.body).digest()
-            shares = self._unsealed(body, setup.box)
+            shares = self._unsealed(private_key, own.roster, body.site, setup.box)
             if shares is None:
                 complaints.append(body.site)
             else:
@@ -333,26 +358,57 @@ class SecureClient:
         self._journal.destroy(start.epoch, start.slot)
         return Shares(self._site, round_id, shares, signature)
 
-    def _check_setup(self, body: SetupBody, epoch: int) -> None:
+    def _check_roster(self, roster: Roster, own_box_key: bytes) -> None:
         plan = self._plan
-        plan.index(body.site)
-        got = (body.plan, body.epoch, len(body.round_keys), len(body.commitments), len(body.box_digests))
-        if got != (plan.digest, epoch, plan.rounds_per_epoch, plan.rounds_per_epoch, len(plan.members)):
+        if roster.plan != plan.digest or roster.sites != plan.in_order(set(roster.sites)):
             raise SecureAggregationError(
-                f"Expected a setup of site {body.site!r} for epoch {epoch} of this plan, got one for another."
+                "Expected a roster of this site's plan, each site once and in the order of the study, got another."
+            )
+        for advertised in roster.advertised:
+            fields = Advertised.signed_fields(plan.digest, roster.epoch, advertised.box_key)
+            if (advertised.plan, advertised.epoch) != (plan.digest, roster.epoch) or not plan.member(
+                advertised.site
+            ).has_signed(advertised.signature, "advertised", *fields):
+                raise SecureAggregationError(
+                    f"Expected a key that {advertised.site!r} signed for epoch {roster.epoch}, got another: somebody "
+                    "changed it on the way."
+                )
+            if advertised.site == self._site and advertised.box_key != own_box_key:
+                raise SecureAggregationError("Expected this site's own key as it was sent, got another.")
+            if not gives_secrets(advertised.box_key):
+                raise SecureAggregationError(
+                    f"Expected a key of {advertised.site!r} that gives secrets, got one of small order; leave it out."
+                )
+        if self._site not in roster.sites or len(roster.sites) < plan.min_sites:
+            raise SecureAggregationError(
+                f"Expected a roster of at least {plan.min_sites} sites, this one among them, got "
+                f"{len(roster.sites)}: {', '.join(roster.sites)}; wait for the others."
             )
 
-    def _box_key(self, secret: bytes, epoch: int, sender: str, receiver: str) -> bytes:
-        return derived_key(secret, "box", self._plan.digest, number(epoch), sender.encode(), receiver.encode())
+    def _check_setup(self, body: SetupBody, roster: Roster) -> None:
+        plan = self._plan
+        if body.site not in roster.sites:
+            raise SecureAggregationError(f"Expected setups of sites of the roster, got one of {body.site!r}.")
+        got = (body.plan, body.epoch, body.roster, len(body.round_keys), len(body.commitments), len(body.box_digests))
+        slots = plan.rounds_per_epoch
+        if got != (plan.digest, roster.epoch, roster.digest, slots, slots, len(roster.sites)):
+            raise SecureAggregationError(
+                f"Expected a setup of site {body.site!r} for this plan, epoch and roster, got one for another."
+            )
 
-    def _unsealed(self, body: SetupBody, box: bytes) -> bytes | None:
+    def _cipher(
+        self, private_key: X25519PrivateKey, public_key: bytes, roster: Roster, sender: str, receiver: str
+    ) -> ChaCha20Poly1305:
+        """What seals and opens the one box from a sender to a receiver under a roster."""
+        context = (self._plan.digest, roster.digest, sender.encode(), receiver.encode())
+        return ChaCha20Poly1305(derived_key(shared_secret(private_key, public_key), "box", *context))
+
+    def _unsealed(self, private_key: X25519PrivateKey, roster: Roster, sender: str, box: bytes) -> bytes | None:
         """The shares in a box that is as its sender sealed it; None if the sender sealed no such thing."""
+        public_key = roster.advertised[roster.sites.index(sender)].box_key
         try:
-            secret = self._identity.shared_with(body.ephemeral_key)
-            shares = ChaCha20Poly1305(self._box_key(secret, body.epoch, body.site, self._site)).decrypt(
-                _NONCE, box, None
-            )
-        except (InvalidTag, SecureAggregationError):
+            shares = self._cipher(private_key, public_key, roster, sender, self._site).decrypt(_NONCE, box, None)
+        except InvalidTag:
             return None
         return shares if len(shares) == 2 * SHARE_BYTES * self._plan.rounds_per_epoch else None
 
@@ -408,6 +464,11 @@ class SecureClient:
                 "Expected the round for which this site masked its vector, got another of the same slot."
             )
         self._secrets(start)  # whoever cannot answer does not vote either
+        if not self._journal.agree(start.channel, names(survivors)):
+            raise SecureAggregationError(
+                f"Expected the survivors that this site agreed to when this was summed before, got "
+                f"{', '.join(survivors)}: the difference of two sums would be one site's part. Go on to the next round."
+            )
         vote = frame(round_id, names(survivors))
         is_first = self._journal.mark_voted(start.epoch, start.slot, vote)
         if not is_first and self._journal.voted(start.epoch, start.slot) != vote:

@@ -1,7 +1,8 @@
-"""Who a site is to the other sites: a signing key and a box key, both from one secret that never leaves the site.
+"""Who a site is to the other sites: a signing key, from a secret that never leaves the site.
 
-The public halves stand in the study, which every hospital approves before anything runs: that is how each site
-knows the others' keys without believing the server.
+The public key stands in the study, which every hospital approves before anything runs: that is how each site knows
+the others without believing the server. The identity signs and does nothing else: whoever gets hold of it later can
+open nothing that was sent before.
 """
 
 from __future__ import annotations
@@ -38,22 +39,20 @@ class Member:
     Attributes:
         site: its name in the study.
         signing_key: Ed25519 public key, 32 bytes.
-        box_key: X25519 public key, 32 bytes.
 
     Raises:
-        SecureAggregationError: if a key does not have 32 bytes.
+        SecureAggregationError: if the key does not have 32 bytes.
     """
 
     site: str
     signing_key: bytes
-    box_key: bytes
 
     def __post_init__(self) -> None:
-        for what, key in (("signing_key", self.signing_key), ("box_key", self.box_key)):
-            if len(key) != KEY_BYTES:
-                raise SecureAggregationError(
-                    f"Expected {what} of site {self.site!r} in {KEY_BYTES} bytes, got {len(key)}; ask the site for it."
-                )
+        if len(self.signing_key) != KEY_BYTES:
+            raise SecureAggregationError(
+                f"Expected signing_key of site {self.site!r} in {KEY_BYTES} bytes, got {len(self.signing_key)}; ask "
+                "the site for it."
+            )
 
     def has_signed(self, signature: bytes, label: str, *fields: bytes) -> bool:
         """Whether this site signed these fields under this label."""
@@ -68,36 +67,26 @@ class Identity:
     """The private side of a :class:`Member`.
 
     Args:
-        secret: 32 random bytes; both keys are derived from it.
+        secret: 32 random bytes; the key is derived from it.
     """
 
     def __init__(self, secret: bytes) -> None:
         if len(secret) != SECRET_BYTES:
             raise SiteError(f"Expected an identity of {SECRET_BYTES} bytes, got {len(secret)}; restore the file.")
         self._signing = Ed25519PrivateKey.from_private_bytes(derived_key(secret, "identity: signing"))
-        self._box = X25519PrivateKey.from_private_bytes(derived_key(secret, "identity: box"))
 
     @cached_property
     def signing_key(self) -> bytes:
         """The public key that checks this site's signatures."""
         return self._signing.public_key().public_bytes(*_RAW)
 
-    @cached_property
-    def box_key(self) -> bytes:
-        """The public key to which others encrypt for this site."""
-        return self._box.public_key().public_bytes(*_RAW)
-
     def member(self, site: str) -> Member:
         """What the others are told."""
-        return Member(site, self.signing_key, self.box_key)
+        return Member(site, self.signing_key)
 
     def sign(self, label: str, *fields: bytes) -> bytes:
         """An Ed25519 signature of the fields under a label."""
         return self._signing.sign(labelled(label, *fields))
-
-    def shared_with(self, public_key: bytes) -> bytes:
-        """The Diffie-Hellman secret of the box key and ``public_key``."""
-        return shared_secret(self._box, public_key)
 
 
 def shared_secret(key: X25519PrivateKey, public_key: bytes) -> bytes:

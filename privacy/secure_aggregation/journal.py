@@ -6,11 +6,13 @@ and removed when their round is over; a secret that is lost ends its epoch, and 
 
 ::
 
-    epoch-<number>/own            this site's secrets, from setup until the setups of all are accepted
+    epoch-<number>/own            private key of the epoch, until the setups of all are accepted
+    epoch-<number>/dealt          this site's secrets of all slots, from its setup until then
     epoch-<number>/accepted       marker: digests of the accepted setups
     epoch-<number>/<slot>.secret  what a round needs, until it is answered, abandoned or too old
     epoch-<number>/<slot>.masked  marker: id of the round for which a vector was masked
     epoch-<number>/<slot>.voted   marker: the round and the only survivors this site agreed to
+    channel-<digest>              marker: the only survivors in any sum of this channel, in whatever slot
 
 Not defended: whoever restores an older copy of this folder brings back secrets without what was answered with
 them, so it belongs in no backup and no snapshot; and a disk that keeps what was overwritten (any SSD may).
@@ -66,7 +68,8 @@ class Journal:
             _write_secret(folder / "own", own)
             for earlier in self._epochs():
                 if earlier < epoch:
-                    for secret in (*self._epoch(earlier).glob("*.secret"), self._epoch(earlier) / "own"):
+                    old = self._epoch(earlier)
+                    for secret in (*old.glob("*.secret"), old / "own", old / "dealt"):
                         _destroy(secret)
 
     def newest_epoch(self) -> int | None:
@@ -74,12 +77,34 @@ class Journal:
         return max(self._epochs(), default=None)
 
     def own(self, epoch: int) -> bytes:
-        """This site's secrets of an epoch that it has not accepted yet.
+        """This site's private key of an epoch that it has not accepted yet.
 
         Raises:
             SecureAggregationError: if they are not there.
         """
         return _read_secret(self._epoch(epoch) / "own", f"epoch {epoch}")
+
+    def deal(self, epoch: int, secrets: bytes) -> None:
+        """Keep the secrets that this site is about to share out, once in an epoch.
+
+        Raises:
+            SecureAggregationError: if it shared out some before.
+        """
+        with _writing(self._epoch(epoch)):
+            try:
+                _write_secret(self._epoch(epoch) / "dealt", secrets)
+            except FileExistsError:
+                raise SecureAggregationError(
+                    f"Expected one setup of this site in epoch {epoch}, got asked again; begin a newer epoch."
+                ) from None
+
+    def dealt(self, epoch: int) -> bytes:
+        """What :meth:`deal` kept.
+
+        Raises:
+            SecureAggregationError: if it is not there.
+        """
+        return _read_secret(self._epoch(epoch) / "dealt", f"epoch {epoch}")
 
     def accept(self, epoch: int, digests: bytes, secrets: dict[int, bytes]) -> None:
         """Note what was accepted, once, and keep the secrets of each slot.
@@ -96,7 +121,8 @@ class Journal:
                 )
             for slot, secret in secrets.items():
                 _write_secret(self._slot(epoch, slot, "secret"), secret)
-            _destroy(folder / "own")
+            for done in ("own", "dealt"):
+                _destroy(folder / done)
 
     def accepted(self, epoch: int) -> bytes:
         """What :meth:`accept` noted.
@@ -152,19 +178,26 @@ class Journal:
         with _writing(self._folder):
             return _mark(self._slot(epoch, slot, "voted"), vote)
 
+    def agree(self, channel: bytes, survivors: bytes) -> bool:
+        """Note who is in the sum of a channel, now and for ever; False if others were noted before."""
+        with _writing(self._folder):
+            path = self._folder / f"channel-{channel.hex()}"
+            return _mark(path, survivors) or _read(path) == survivors
+
     def voted(self, epoch: int, slot: int) -> bytes | None:
         """This site's vote in a slot; None if it has not voted. Empty if a crash came while it was noted."""
         return _read(self._slot(epoch, slot, "voted"))
 
     def forget_older_than(self, age_s: float) -> None:
-        """Destroy the secrets of rounds whose vector left longer ago than this: nobody will open them any more."""
+        """Destroy the secrets of rounds that were answered longer ago than this: nobody will open them any more."""
         with _writing(self._folder):
-            for masked in self._folder.glob("epoch-*/*.masked"):
-                if time.time() - masked.stat().st_mtime > age_s:
-                    _destroy(masked.with_suffix(".secret"))
+            for answered in (*self._folder.glob("epoch-*/*.masked"), *self._folder.glob("epoch-*/*.voted")):
+                if time.time() - answered.stat().st_mtime > age_s:
+                    _destroy(answered.with_suffix(".secret"))
 
     def _epochs(self) -> list[int]:
-        return [int(path.name.removeprefix("epoch-")) for path in self._folder.glob("epoch-*")]
+        names = (path.name.removeprefix("epoch-") for path in self._folder.glob("epoch-*"))
+        return [int(name) for name in names if name.isdecimal()]
 
     def _epoch(self, epoch: int) -> Path:
         return self._folder / f"epoch-{epoch}"

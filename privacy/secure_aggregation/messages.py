@@ -3,6 +3,8 @@
 ======================  =================  ==========================================================
 message                 from -> to         says
 ======================  =================  ==========================================================
+:class:`Advertised`     site -> server     a new key, to which others seal what they send this site in an epoch
+:class:`Roster`         server -> site     everybody's key of the epoch
 :class:`Setup`          site -> server     keys and commitments of an epoch, and a sealed box per site
 :class:`Relay`          server -> site     everybody's setup, each with the box for this site
 :class:`Acceptance`     site -> server     the setups are in order, but for those complained about
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from privacy.secure_aggregation.codec import BYTES, NUMBER, SITE, SITES, WireMessage, many, nested, sized
-from privacy.secure_aggregation.framing import digest, frame
+from privacy.secure_aggregation.framing import digest, frame, number
 from privacy.secure_aggregation.identity import KEY_BYTES, SIGNATURE_BYTES
 
 SHARE_BYTES = 32
@@ -35,31 +37,74 @@ SIGNATURE = sized(SIGNATURE_BYTES, "a signature")
 
 
 @dataclass(frozen=True)
+class Advertised(WireMessage):
+    """M0. A site takes part in an epoch.
+
+    Attributes:
+        site: whose key.
+        plan: digest of the plan.
+        epoch: number of the epoch, larger than any before.
+        box_key: X25519 public key of this epoch alone: with the private half everything that was sealed to it goes.
+        signature: of all this.
+    """
+
+    site: Annotated[str, SITE]
+    plan: Annotated[bytes, DIGEST]
+    epoch: Annotated[int, NUMBER]
+    box_key: Annotated[bytes, KEY]
+    signature: Annotated[bytes, SIGNATURE]
+
+    @staticmethod
+    def signed_fields(plan: bytes, epoch: int, box_key: bytes) -> tuple[bytes, bytes, bytes]:
+        """What the signature covers."""
+        return plan, number(epoch), box_key
+
+
+@dataclass(frozen=True)
+class Roster(WireMessage):
+    """Who takes part in an epoch, in the order of the members: the same for all, or no setup fits another."""
+
+    plan: Annotated[bytes, DIGEST]
+    epoch: Annotated[int, NUMBER]
+    advertised: Annotated[tuple[Advertised, ...], many(nested(Advertised))]
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the roster; in every setup and every box."""
+        return digest("roster", self.to_bytes())
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites."""
+        return tuple(advertised.site for advertised in self.advertised)
+
+
+@dataclass(frozen=True)
 class SetupBody(WireMessage):
     """The signed part of a setup.
 
     Attributes:
         site: whose setup.
         plan: digest of the plan.
-        epoch: number of the epoch, larger than any before.
+        epoch: number of the epoch.
+        roster: digest of the roster that this site was shown.
         round_keys: an X25519 public key for each round of the epoch.
         commitments: SHA-256 of the seed of the site's own mask, for each round.
-        ephemeral_key: X25519 public key with which the boxes are sealed.
-        box_digests: SHA-256 of each box, in the order of the members.
+        box_digests: SHA-256 of each box, in the order of the roster.
     """
 
     site: Annotated[str, SITE]
     plan: Annotated[bytes, DIGEST]
     epoch: Annotated[int, NUMBER]
+    roster: Annotated[bytes, DIGEST]
     round_keys: Annotated[tuple[bytes, ...], many(KEY)]
     commitments: Annotated[tuple[bytes, ...], many(DIGEST)]
-    ephemeral_key: Annotated[bytes, KEY]
     box_digests: Annotated[tuple[bytes, ...], many(DIGEST)]
 
 
 @dataclass(frozen=True)
 class Setup(WireMessage):
-    """M1. Attributes: body: bytes of a :class:`SetupBody`; signature: of the body; boxes: one per member, sealed."""
+    """M1. Attributes: body: of a :class:`SetupBody`; signature: of the body; boxes: one per site of the roster."""
 
     body: Annotated[bytes, BYTES]
     signature: Annotated[bytes, SIGNATURE]

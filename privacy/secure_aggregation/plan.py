@@ -50,7 +50,7 @@ class SecureAggregationPlan:
             threshold=self.threshold,
             min_sites=self.min_sites,
         )
-        for what in ("site", "signing_key", "box_key"):
+        for what in ("site", "signing_key"):
             if len({getattr(member, what) for member in self.members}) < len(self.members):
                 raise SecureAggregationError(
                     f"Expected members with a {what} of their own, got one twice: one site would count as two; "
@@ -73,12 +73,12 @@ class SecureAggregationPlan:
         assert secure is not None
         members = []
         for site in study.sites:
-            if site.signing_key is None or site.box_key is None:
+            if site.signing_key is None:
                 raise SecureAggregationError(
-                    f"Expected signing_key and box_key of site {site.name!r} in the study, got none; ask the site for "
-                    "the public keys of its identity."
+                    f"Expected signing_key of site {site.name!r} in the study, got none; ask the site for the public "
+                    "key of its identity."
                 )
-            members.append(Member(site.name, bytes.fromhex(site.signing_key), bytes.fromhex(site.box_key)))
+            members.append(Member(site.name, bytes.fromhex(site.signing_key)))
         return cls(
             study_digest=bytes.fromhex(study.digest),
             scope=scope,
@@ -92,7 +92,7 @@ class SecureAggregationPlan:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the plan; in every key and every signature of the protocol."""
-        members = [frame(member.site.encode(), member.signing_key, member.box_key) for member in self.members]
+        members = [frame(member.site.encode(), member.signing_key) for member in self.members]
         numbers = (self.threshold, self.max_colluding, self.min_sites, self.rounds_per_epoch)
         return digest("plan", self.study_digest, self.scope.encode(), frame(*members), *map(number, numbers))
 

@@ -24,10 +24,12 @@ from privacy.secure_aggregation.masks import add_pair_masks, own_mask_key
 from privacy.secure_aggregation.messages import (
     SHARE_BYTES,
     Acceptance,
+    Advertised,
     Masked,
     OpenRequest,
     Relay,
     RelayedSetup,
+    Roster,
     RoundStart,
     Setup,
     SetupBody,
@@ -75,10 +77,51 @@ class SetupPhase:
     def __init__(self, plan: SecureAggregationPlan, epoch: int) -> None:
         self._plan = plan
         self._epoch = epoch
+        self._advertised: dict[str, Advertised] = {}
+        self._roster: Roster | None = None
         self._setups: dict[str, Setup] = {}
         self._bodies: dict[str, SetupBody] = {}
         self._accepted: dict[str, tuple[str, ...]] = {}
         self._is_closed = False
+
+    def advertise(self, advertised: Advertised) -> None:
+        """Take a site's key.
+
+        Raises:
+            SecureAggregationError: if it is not this epoch's, not signed by the member it names, of small order, or
+                too late: the roster was made.
+        """
+        fields = Advertised.signed_fields(self._plan.digest, self._epoch, advertised.box_key)
+        if self._roster is not None:
+            raise SecureAggregationError(f"Expected keys before the roster was made, got {advertised.site!r} late.")
+        if (advertised.plan, advertised.epoch) != (self._plan.digest, self._epoch) or not self._plan.member(
+            advertised.site
+        ).has_signed(advertised.signature, "advertised", *fields):
+            raise SecureAggregationError(
+                f"Expected a key that {advertised.site!r} signed for epoch {self._epoch}, got another."
+            )
+        if not gives_secrets(advertised.box_key):
+            raise SecureAggregationError(
+                f"Expected a key of {advertised.site!r} that gives secrets, got one of small order; leave it out."
+            )
+        self._advertised[advertised.site] = advertised
+
+    @property
+    def roster(self) -> Roster:
+        """Who takes part; made when it is first asked for.
+
+        Raises:
+            SecureAggregationError: if fewer than ``min_sites`` do.
+        """
+        if len(self._advertised) < self._plan.min_sites:
+            raise SecureAggregationError(
+                f"Expected keys of at least {self._plan.min_sites} sites, got {len(self._advertised)}: "
+                f"{', '.join(self._advertised)}; begin again when more sites are there."
+            )
+        if self._roster is None:
+            in_order = tuple(self._advertised[site] for site in self._plan.in_order(set(self._advertised)))
+            self._roster = Roster(self._plan.digest, self._epoch, in_order)
+        return self._roster
 
     def add(self, setup: Setup) -> str:
         """Take a site's setup and return its name.
@@ -90,9 +133,11 @@ class SetupPhase:
         plan, body = self._plan, SetupBody.parse(setup.body)
         if self._is_closed:
             raise SecureAggregationError(f"Expected setups before any was relayed, got that of {body.site!r} late.")
-        member = plan.member(body.site)
-        got = (body.plan, body.epoch, len(body.round_keys), len(body.commitments), len(setup.boxes))
-        if got != (plan.digest, self._epoch, plan.rounds_per_epoch, plan.rounds_per_epoch, len(plan.members)):
+        member, roster, slots = plan.member(body.site), self.roster, plan.rounds_per_epoch
+        got = (body.plan, body.epoch, body.roster, len(body.round_keys), len(body.commitments), len(setup.boxes))
+        if body.site not in roster.sites or got != (
+            plan.digest, self._epoch, roster.digest, slots, slots, len(roster.sites)
+        ):  # fmt: skip
             raise SecureAggregationError(f"Expected a setup of {body.site!r} for epoch {self._epoch}, got another.")
         if body.site in self._bodies:
             raise SecureAggregationError(f"Expected one setup of {body.site!r}, got a second.")
@@ -120,7 +165,7 @@ class SetupPhase:
                 f"{', '.join(self._setups)}; begin again when more sites are there."
             )
         self._is_closed = True  # sites that were shown others would refuse every round
-        index = self._plan.index(site)
+        index = self.roster.sites.index(site)
         ordered = self._plan.in_order(set(self._setups))
         setups = [self._setups[name] for name in ordered]
         relayed = tuple(RelayedSetup(setup.body, setup.signature, setup.boxes[index]) for setup in setups)

@@ -32,7 +32,7 @@ from medfed.consortium import Quorum
 from privacy.secure_aggregation.client import SecureClient
 from privacy.secure_aggregation.encoding import FixedPoint
 from privacy.secure_aggregation.identity import Identity
-from privacy.secure_aggregation.messages import Masked, OpenRequest, Relay, RoundStart, Shares
+from privacy.secure_aggregation.messages import Masked, OpenRequest, Relay, Roster, RoundStart, Shares
 from privacy.secure_aggregation.plan import SecureAggregationPlan
 from privacy.secure_aggregation.server import Epoch, SecureSum, SetupPhase
 from simulation.bench.cpu_clock import CpuClock
@@ -43,7 +43,6 @@ CLIP_NORM: Final = 1.0
 UPDATE_NORM: Final = 0.5
 _EPOCH: Final = 1
 _MODEL: Final = bytes(32)
-_CHANNEL: Final = bytes(32)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class MedfedArm:
         upload_bytes: what one site sends in a round, with its share of the setup; set by :meth:`client`.
         num_messages: in a round in which nobody drops out; set by :meth:`client`.
         setup_s: processor time of one site's part in the setup of an epoch; set by :meth:`begin`.
-        setup_bytes: what one site sends for it, in two messages; set by :meth:`begin`.
+        setup_bytes: what one site sends for it, in three messages; set by :meth:`begin`.
     """
 
     name = "medfed"
@@ -103,7 +102,7 @@ class MedfedArm:
         self._me = plan.sites[0]
         self._fixed_point = FixedPoint(CLIP_NORM, len(clients))
         self._phase = SetupPhase(plan, _EPOCH)
-        self._start = RoundStart(plan.digest, _EPOCH, -1, _CHANNEL, _MODEL, plan.sites)
+        self._start = RoundStart(plan.digest, _EPOCH, -1, bytes(32), _MODEL, plan.sites)
         self._masked = self._shares = b""
         self._epoch: Epoch | None = None
         self._server: SecureSum | None = None
@@ -129,9 +128,16 @@ class MedfedArm:
         """The setup of an epoch, as far as the site under test is concerned: the others have yet to accept it."""
         clock = CpuClock()
         for site in self._plan.sites[1:]:
-            self._phase.add(self._clients[site].setup(_EPOCH))
+            self._phase.advertise(self._clients[site].advertise(_EPOCH))
         with clock:
-            setup = self._clients[self._me].setup(_EPOCH)
+            advertised = self._clients[self._me].advertise(_EPOCH)
+            advertised_data = advertised.to_bytes()
+        self._phase.advertise(advertised)
+        roster = self._phase.roster.to_bytes()
+        for site in self._plan.sites[1:]:
+            self._phase.add(self._clients[site].setup(self._phase.roster))
+        with clock:
+            setup = self._clients[self._me].setup(Roster.parse(roster))
             setup_data = setup.to_bytes()
         self._phase.add(setup)
         relay = self._phase.relay_to(self._me).to_bytes()
@@ -140,7 +146,7 @@ class MedfedArm:
             acceptance_data = acceptance.to_bytes()
         self._phase.accept(acceptance)
         self.setup_s = clock.cpu_s
-        self.setup_bytes = len(setup_data) + len(acceptance_data)
+        self.setup_bytes = len(advertised_data) + len(setup_data) + len(acceptance_data)
 
     def everybody_accepts(self) -> None:
         """The rest of the setup; needed for :meth:`server_adds`."""
@@ -151,12 +157,14 @@ class MedfedArm:
     def client(self) -> CpuClock:
         """One site in the next slot, with its share of the setup."""
         plan, me = self._plan, self._clients[self._me]
-        self._start = RoundStart(plan.digest, _EPOCH, self._start.slot + 1, _CHANNEL, _MODEL, plan.sites)
+        slot = self._start.slot + 1
+        channel = slot.to_bytes(32, "big")  # each round sums something else
+        self._start = RoundStart(plan.digest, _EPOCH, slot, channel, _MODEL, plan.sites)
         start, request = self._start.to_bytes(), OpenRequest(self._start, plan.sites).to_bytes()
         clock = CpuClock()
         with clock:
             encoded_P = self._fixed_point.encode(self._update_P)
-            masked = me.mask(RoundStart.parse(start), encoded_P, channel=_CHANNEL, model=_MODEL)
+            masked = me.mask(RoundStart.parse(start), encoded_P, channel=channel, model=_MODEL)
             self._masked = masked.to_bytes()
         with clock:
             self._shares = me.open(OpenRequest.parse(request)).to_bytes()
@@ -172,7 +180,7 @@ class MedfedArm:
         server = SecureSum(self._epoch, self._start, num_elements=len(self._update_P))
         encoded_P = self._fixed_point.encode(self._update_P)
         for site in self._plan.sites[1:]:
-            server.add(self._clients[site].mask(self._start, encoded_P, channel=_CHANNEL, model=_MODEL))
+            server.add(self._clients[site].mask(self._start, encoded_P, channel=self._start.channel, model=_MODEL))
         clock = CpuClock()
         with clock:
             server.add(Masked.parse(self._masked))

@@ -92,3 +92,16 @@ def test_study_without_this_site_is_refused(study: StudyConfig) -> None:
     refusal = header_of(ask(other)).refusal
     assert refusal is not None
     assert refusal.kind == "StudyError"
+
+
+@pytest.mark.parametrize("kind", ["query.describe", "train", "evaluate", "query.secure_advertise"])
+def test_round_that_the_study_does_not_have_is_refused(study: StudyConfig, kind: str) -> None:
+    instruction = RoundInstruction(study_digest=study.digest, round=study.rounds.num_rounds + 1)
+    refusal = header_of(ask(study, instruction.to_fields(study=study.canonical, adapter=b"", secure=b""), kind)).refusal
+    assert refusal is not None
+    assert refusal.kind == "MessageError"
+
+
+def test_last_round_of_the_study_is_none_too_many(study: StudyConfig) -> None:
+    instruction = RoundInstruction(study_digest=study.digest, round=study.rounds.num_rounds)
+    assert header_of(ask(study, instruction.to_fields(study=study.canonical, adapter=b""))).refusal is None

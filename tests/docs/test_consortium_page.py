@@ -3,11 +3,13 @@
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/consortium.md").read_text()
+STUDENT_T4 = 2.776  # 97.5 % point of Student's t with four degrees of freedom
 
 
 def results(name: str) -> Any:
@@ -51,6 +53,20 @@ def test_variants_are_what_the_command_printed() -> None:
             f"{rows[name, epsilon]['global']:.1f}" if name == "Gaussian stand-in" else difference(rows[name, epsilon])
             for epsilon in (8.0, 2.0, 1.0)
         ]
+
+
+def test_differences_follow_from_what_the_command_printed() -> None:
+    rows = {(row["name"], row["epsilon"]): row["seeds"] for row in results("consortium-digits")}
+    table = table_of("paired")
+    assert len(table) == 7
+    for label, *cells in table:
+        name, other = label.split(", minus ")
+        name = name.removesuffix(", k_min 7") if name.startswith("Gaussian") else name
+        for epsilon, cell in zip((8.0, 2.0, 1.0), cells, strict=True):
+            pairs = zip(rows[name, epsilon], rows[other, epsilon], strict=True)
+            found = [mine - others for mine, others in pairs]
+            half_interval = STUDENT_T4 * statistics.stdev(found) / math.sqrt(len(found))
+            assert cell == f"{statistics.fmean(found):+.1f} ± {half_interval:.1f}", (label, epsilon)
 
 
 def test_brain_is_what_the_command_printed() -> None:

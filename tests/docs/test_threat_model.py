@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+import torch
 
 from medfed.cli import main, root
 from medfed.consortium import Quorum
+from medfed.errors import LostRoundError
 from medfed.study import StudyConfig
+from privacy.secure_aggregation.encoding import Ring
 from server.exchange import Exchange
 from server.secure_sums import SecureSums, SummedRound
 from simulation.harness import simulate
@@ -118,51 +122,127 @@ def test_price_of_renyi_accounting_is_what_the_command_prints(capfd: pytest.Capt
     assert f"by a factor of {capfd.readouterr().out.strip()}, as this prints" in " ".join(DECISION.split())
 
 
+def without(
+    *left_out: str, sums: SecureSums, monkeypatch: pytest.MonkeyPatch, sum_up: Callable[[], SummedRound], at: str = ""
+) -> SummedRound:
+    """What ``sum_up`` returns while the server leaves sites out, at one action or at all."""
+    ask = sums._ask
+
+    def ask_others(action: Any, sites: Sequence[str], *rest: Any) -> Exchange:
+        return ask(action, [site for site in sites if at not in (action, "") or site not in left_out], *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sums, "_ask", ask_others)
+        return sum_up()
+
+
 @pytest.mark.slow
-def test_difference_of_two_sums_is_one_sites_part_as_the_page_says(
+def test_second_sum_of_a_round_without_one_site_is_refused_as_the_page_says(
     make_secure_study: Callable[..., StudyConfig],
     study_file: Callable[[StudyConfig], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A limit, not a promise: should sites refuse the second round one day, the page has to be changed."""
-    parts: list[NDArray[np.uint32]] = []
-    weighted = SecureChannel.weighted
+    """Over the same sites it is opened again and says the same: so the difference would be exact."""
+    opened, refused = SecureSums.sum, []
+
+    def more_than_once(self: SecureSums, action: Any, channel: SecureChannel, adapter: bytes) -> SummedRound:
+        whole = opened(self, action, channel, adapter)
+        assert len(whole.sites) == 5
+        with pytest.raises(LostRoundError) as error:  # tried with the keys of the first sum, and with new ones
+            without("west", sums=self, monkeypatch=monkeypatch, sum_up=lambda: opened(self, action, channel, adapter))
+        again = opened(self, action, channel, adapter)
+        assert (again.sites, again.sum.metrics) == (whole.sites, whole.sum.metrics)
+        if action == "train":
+            assert whole.sum.update_P is not None
+            assert again.sum.update_P is not None
+            assert torch.equal(again.sum.update_P, whole.sum.update_P)
+        refused.append((action, channel.round, str(error.value)))
+        return whole
+
+    study = study_file(make_secure_study().replace(rounds={"num_rounds": 1}))
+    plain = simulate(study, out=tmp_path / "plain", workers=0, baselines=False)
+    monkeypatch.setattr(SecureSums, "sum", more_than_once)
+    run = simulate(study, out=tmp_path / "attacked", workers=0, baselines=False)
+    assert [where[:2] for where in refused] == [("evaluate", 0), ("train", 1), ("evaluate", 1)]
+    assert all(f"{site}: SecureAggregationError" in why for *_, why in refused for site in ("north", "east"))
+    assert (run.folder / "metrics.jsonl").read_text() == (plain.folder / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_same_adapter_in_two_rounds_tells_one_sites_part_as_the_page_says(
+    make_secure_study: Callable[..., StudyConfig],
+    study_file: Callable[[StudyConfig], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A limit, not a promise: should sites refuse it one day, the page has to be changed."""
+    parts: list[Ring] = []
+    weighted, opened = SecureChannel.weighted, SecureSums.sum
+    pairs: dict[str, tuple[SecureChannel, SummedRound, SummedRound]] = {}
 
     def recorded(self: SecureChannel, update_P: Any, site: str, metrics: Mapping[str, float]) -> Any:
         vector = weighted(self, update_P, site, metrics)
         parts.extend([vector] if site == "west" else [])
         return vector
 
-    pairs: list[tuple[SecureChannel, SummedRound, SummedRound]] = []
-    opened = SecureSums.sum
-
-    def twice(self: SecureSums, action: Any, channel: SecureChannel, adapter: bytes) -> SummedRound:
-        whole, ask = opened(self, action, channel, adapter), self._ask
-
-        def ask_without_west(action: Any, sites: Sequence[str], *rest: Any) -> Exchange:
-            return ask(action, [site for site in sites if site != "west"], *rest)
-
-        self._ask = ask_without_west
-        pairs.append((channel, whole, opened(self, action, channel, adapter)))
-        self._ask = ask
+    def of_two_rounds(self: SecureSums, action: Any, channel: SecureChannel, adapter: bytes) -> SummedRound:
+        whole = opened(self, action, channel, adapter)
+        if action not in pairs:
+            later = replace(channel, round=channel.round + 1)
+            rest = without(
+                "west", sums=self, monkeypatch=monkeypatch, sum_up=lambda: opened(self, action, later, adapter)
+            )
+            assert set(whole.sites) - set(rest.sites) == {"west"}
+            pairs[action] = (channel, whole, rest)
         return whole
 
     monkeypatch.setattr(SecureChannel, "weighted", recorded)
-    monkeypatch.setattr(SecureSums, "sum", twice)
-    study = make_secure_study().replace(rounds={"num_rounds": 1})
+    monkeypatch.setattr(SecureSums, "sum", of_two_rounds)
+    study = make_secure_study()
+    study = study.replace(training={**study.training.model_dump(), "order": "sequential"})
     run = simulate(study_file(study), out=tmp_path / "runs", workers=0, baselines=False)
+
+    channel, whole, rest = pairs["train"]
+    assert whole.sum.update_P is not None
+    assert rest.sum.update_P is not None
+    difference_P = (whole.sum.update_P - rest.sum.update_P).numpy() / channel._largest_weight
+    assert np.any(difference_P)
+    np.testing.assert_array_equal(channel._fixed_point.encode(difference_P), parts[0][: len(difference_P)])
+    _, whole, rest = pairs["evaluate"]
     inspected = [json.loads(line) for line in (run.folder / "inspection.jsonl").read_text().splitlines()]
-    for channel, whole, rest in pairs:
-        assert set(whole.sites) - set(rest.sites) == {"west"}
-        if channel.purpose == "train":
-            assert whole.sum.update_P is not None
-            assert rest.sum.update_P is not None
-            difference_P = (whole.sum.update_P - rest.sum.update_P).numpy() / channel._largest_weight
-            (part,) = parts
-            assert np.any(difference_P)
-            np.testing.assert_array_equal(channel._fixed_point.encode(difference_P), part[: len(difference_P)])
-        else:
-            (dice,) = [one["dice"] for one in inspected if (one["site"], one["round"]) == ("west", channel.round)]
-            found = len(whole.sites) * whole.sum.metrics["dice"] - len(rest.sites) * rest.sum.metrics["dice"]
-            assert found == pytest.approx(dice, abs=1e-5)
+    (dice,) = [one["dice"] for one in inspected if (one["site"], one["round"]) == ("west", 0)]
+    found = len(whole.sites) * whole.sum.metrics["dice"] - len(rest.sites) * rest.sum.metrics["dice"]
+    assert found == pytest.approx(dice, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_lost_journal_forgets_which_sites_were_agreed_to_as_the_page_says(
+    make_secure_study: Callable[..., StudyConfig],
+    study_file: Callable[[StudyConfig], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A limit, not a promise: with t = 3 of 5, one site is in both the three that open a sum and three others."""
+    opened, sums = SecureSums.sum, []
+
+    def with_a_loss(self: SecureSums, action: Any, channel: SecureChannel, adapter: bytes) -> SummedRound:
+        def sum_up() -> SummedRound:
+            return opened(self, action, channel, adapter)
+
+        if action != "train":
+            return sum_up()
+        whole = without("east", "centre", sums=self, monkeypatch=monkeypatch, sum_up=sum_up, at="secure_open")
+        with pytest.raises(LostRoundError):
+            without("west", sums=self, monkeypatch=monkeypatch, sum_up=sum_up)
+        (folder,) = (tmp_path / "runs").glob("*/journals/north")
+        shutil.rmtree(folder)
+        sums.append((whole.sites, without("west", sums=self, monkeypatch=monkeypatch, sum_up=sum_up).sites))
+        return whole
+
+    monkeypatch.setattr(SecureSums, "sum", with_a_loss)
+    study = make_secure_study(rounds_per_epoch=2).replace(rounds={"num_rounds": 1})
+    assert study.secure_quorum.threshold == 3
+    simulate(study_file(study), out=tmp_path / "runs", workers=0, baselines=False)
+    ((whole, rest),) = sums
+    assert set(whole) - set(rest) == {"west"}

@@ -48,12 +48,12 @@ def main() -> None:
     """Writes the vectors."""
     members = []
     public = {}
+    keys = {}
     for place, site in enumerate(SITES):
         secret = bytes([place]) * 32
-        signing = Ed25519PrivateKey.from_private_bytes(hkdf(secret, "identity: signing")).public_key()
-        box = X25519PrivateKey.from_private_bytes(hkdf(secret, "identity: box")).public_key()
-        public[site] = [signing.public_bytes_raw().hex(), box.public_bytes_raw().hex()]
-        members.append(frame(site.encode(), signing.public_bytes_raw(), box.public_bytes_raw()))
+        keys[site] = Ed25519PrivateKey.from_private_bytes(hkdf(secret, "identity: signing"))
+        public[site] = keys[site].public_key().public_bytes_raw().hex()
+        members.append(frame(site.encode(), keys[site].public_key().public_bytes_raw()))
     numbers = [number(value) for value in (3, 1, 3, 32)]  # t, c, k, rounds
     plan = hashlib.sha256(labelled("plan", bytes(range(32)), b"federated", frame(*members), *numbers)).digest()
     sites = frame(*(site.encode() for site in SITES))
@@ -64,6 +64,13 @@ def main() -> None:
     first, second = (X25519PrivateKey.from_private_bytes(bytes([64 + place]) * 32) for place in range(2))
     shared = first.exchange(X25519PublicKey.from_public_bytes(second.public_key().public_bytes_raw()))
     pair = hkdf(shared, "pair mask", round_id, b"north", b"east")
+    advertised = []
+    for place, site in enumerate(SITES):
+        box_key = X25519PrivateKey.from_private_bytes(bytes([64 + place]) * 32).public_key().public_bytes_raw()
+        signature = keys[site].sign(labelled("advertised", plan, number(7), box_key))  # Ed25519 draws nothing
+        advertised.append(frame(site.encode(), plan, number(7), box_key, signature))
+    roster = frame(plan, number(7), frame(*advertised))
+    roster_digest = hashlib.sha256(labelled("roster", roster)).digest()
     keystream = Cipher(algorithms.AES256(own), modes.CTR((2).to_bytes(16, "big"))).encryptor().update(bytes(16))
     golden = {
         "about": "secure aggregation, protocol v1; regenerate with tests/golden/secure_aggregation.py",
@@ -74,7 +81,9 @@ def main() -> None:
         "own_mask_key": own.hex(),
         "pair_mask_key": pair.hex(),
         "own_mask": [int.from_bytes(keystream[i : i + 4], "little") for i in range(0, 16, 4)],
-        "box_key": hkdf(shared, "box", plan, number(7), b"north", b"east").hex(),
+        "roster": roster.hex(),
+        "roster_digest": roster_digest.hex(),
+        "box_key": hkdf(shared, "box", plan, roster_digest, b"north", b"east").hex(),
     }
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
 

@@ -1,10 +1,12 @@
 """Study files: one clear line for every mistake, one digest for every study."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from medfed.adapter_manifest import AdapterManifest
 from medfed.errors import StudyError
@@ -147,3 +149,64 @@ def test_study_is_immutable() -> None:
     study = StudyConfig.model_validate(VALID)
     with pytest.raises(ValueError, match="frozen"):
         study.seed = 8  # type: ignore[misc]
+
+
+SECURE: dict[str, Any] = {"enabled": True, "max_colluding": 1, "update_clip_norm": 1.0}
+SHARED: dict[str, Any] = {
+    "trust": "consortium",
+    "unit": "patient",
+    "epsilon": 8.0,
+    "delta": 1e-3,
+    "clip_norm": 1.0,
+    "sampling_rate": 0.5,
+    "steps_per_round": 1,
+    "images_per_patient": 1,
+    "evaluation": "exact",
+}
+FIVE = [{**VALID["sites"][0], "name": name} for name in ("a", "b", "c", "d", "e")]
+
+
+def secure(**sections: Any) -> StudyConfig:
+    return StudyConfig.model_validate({**VALID, "sites": FIVE, "secure_aggregation": SECURE, **sections})
+
+
+def shared(**sections: Any) -> StudyConfig:
+    training = {"batch_size": 2, "learning_rate": 1.0, "optimizer": "sgd"}
+    without_clip = {"enabled": True, "max_colluding": 1}
+    return secure(**{"privacy": SHARED, "training": training, "secure_aggregation": without_clip, **sections})
+
+
+def test_study_with_secure_aggregation_has_its_least_numbers_and_public_weights() -> None:
+    study = secure()
+    assert (study.secure_quorum.threshold, study.secure_quorum.min_sites, study.quorum) == (4, 4, 4)
+    assert study.declared_units("a") == 2
+    assert study.sums_securely_in("federated")
+    assert not study.sums_securely_in("local-a")
+    assert not secure(secure_aggregation={**SECURE, "enabled": False}).sums_securely
+    assert shared().secure_quorum.min_honest == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "sections", "message"),
+    [
+        (secure, {"sites": FIVE[:2]}, "secure_aggregation: Expected 3 to 128 sites, got 2"),
+        (secure, {"secure_aggregation": {**SECURE, "threshold": 3}}, "set threshold to at least 4"),
+        (secure, {"secure_aggregation": {**SECURE, "min_sites": 3}}, "set min_sites to at least 4"),
+        (secure, {"secure_aggregation": {**SECURE, "max_colluding": 4}}, "set max_colluding to at most 3"),
+        (secure, {"secure_aggregation": {"enabled": True, "max_colluding": 1}}, "update_clip_norm is missing"),
+        (secure, {"rounds": {"num_rounds": 2, "quorum": 3}}, "rounds.quorum is 3, but no sum of fewer than 4 sites"),
+        (secure, {"sites": [*FIVE[:4], {**FIVE[4], "name": "all-sites"}]}, "'all-sites' is reserved for sums over"),
+        (shared, {"secure_aggregation": None}, "trust = 'consortium' needs .secure_aggregation. with enabled = true"),
+        (shared, {"secure_aggregation": {"enabled": False, "max_colluding": 1}}, "needs .secure_aggregation."),
+        (shared, {"secure_aggregation": SECURE}, "update_clip_norm has no meaning with trust = 'consortium'"),
+        (shared, {"secure_aggregation": {"enabled": True, "max_colluding": 0}}, "max_colluding of at least 1"),
+        (shared, {"training": {"batch_size": 2, "learning_rate": 1.0}}, "needs training.optimizer = 'sgd'"),
+        (shared, {"privacy": {**SHARED, "steps_per_round": 2}}, "trust = 'consortium' needs steps_per_round = 1"),
+        (shared, {"privacy": {**SHARED, "epsilon": None}}, "trust = 'consortium' needs epsilon or noise_multiplier"),
+    ],
+)
+def test_combination_that_cannot_work_is_refused_with_what_to_change(
+    make: Callable[..., StudyConfig], sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        make(**sections)

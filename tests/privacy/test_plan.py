@@ -14,7 +14,8 @@ from medfed.errors import PrivacyError
 from medfed.study import PrivacyConfig, StudyConfig
 from privacy import plan as plan_module
 from privacy.accounting import Epsilon, Mechanism, epsilon_spent
-from privacy.plan import PrivacyPlan, calibrated
+from privacy.plan import NOISE_STD_INTEGER, PrivacyPlan, calibrated
+from privacy.skellam_accounting import SkellamMechanism
 
 USUAL: dict[str, Any] = {
     "trust": "site",
@@ -295,3 +296,58 @@ def test_a_study_with_nothing_to_resolve_stays_as_it_is(make_study: Callable[...
 def test_a_resolved_study_that_breaks_its_word_is_refused() -> None:
     with pytest.raises(PrivacyError, match="Expected epsilon of at most 0.5"):
         calibrated(study(epsilon=0.5))
+
+
+SHARED: dict[str, Any] = {"trust": "consortium", "steps_per_round": 1, "min_honest": 3, "num_parameters": 1000}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps_per_round": 2}, "Expected steps_per_round 1 with trust 'consortium', got 2"),
+        ({"min_honest": 0}, "Expected min_honest as an integer >= 1, got 0"),
+        ({"num_parameters": None}, "Expected num_parameters as an integer >= 1, got None"),
+        ({"noise_multiplier": 0.0}, "Expected noise_multiplier > 0 with trust 'consortium', got 0"),
+        ({"noise_multiplier": 2.0**17}, "Expected noise_multiplier of at most 65536"),
+        ({"noise_multiplier": 3000.0}, "rounding to integers would be most of the sum"),
+    ],
+)
+def test_inconsistent_plan_of_shared_noise_cannot_be_built(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PrivacyError, match=message):
+        plan(**{**SHARED, **changes})
+
+
+@pytest.mark.parametrize("min_honest", [1, 2, 3, 7])
+@pytest.mark.parametrize("noise_multiplier", [0.3, 1.1637, 20.0])
+def test_shares_of_the_honest_add_up_to_the_noise_that_is_accounted(min_honest: int, noise_multiplier: float) -> None:
+    shared = plan(**{**SHARED, "min_honest": min_honest, "noise_multiplier": noise_multiplier})
+    mechanism = shared.mechanism(1)
+    assert isinstance(mechanism, SkellamMechanism)
+    assert min_honest * shared.share_variance >= mechanism.variance >= (noise_multiplier * shared.l2_bound) ** 2
+    in_units = shared.noise_std * shared.l2_bound / shared.clip_norm
+    assert in_units == pytest.approx(math.sqrt(mechanism.variance / min_honest), rel=1e-6)
+    # The next larger range of integers would need more noise than there is.
+    assert noise_multiplier * shared.l2_bound <= NOISE_STD_INTEGER < noise_multiplier * (shared.l2_bound + 1)
+
+
+def test_site_that_shares_with_nobody_adds_all_of_the_noise() -> None:
+    shared = plan(**SHARED)
+    assert shared.alone.trust == "site"
+    assert shared.alone.noise_std == shared.noise_multiplier * shared.clip_norm > shared.noise_std
+    assert isinstance(shared.alone.mechanism(1), Mechanism)
+    assert plan().alone == plan()
+
+
+def test_shared_noise_is_calibrated_to_its_epsilon_and_held_to_it() -> None:
+    given = config(trust="consortium", epsilon=2.0, noise_multiplier=None, steps_per_round=1)
+    planned = PrivacyPlan.of(given, 50, min_honest=3, num_parameters=1000)
+    assert 1.99 < planned.epsilon.value <= 2.0
+    with pytest.raises(PrivacyError, match="Expected epsilon of at most 2"):
+        PrivacyPlan.of(
+            config(
+                trust="consortium", epsilon=2.0, noise_multiplier=planned.noise_multiplier - 1e-3, steps_per_round=1
+            ),
+            50,
+            min_honest=3,
+            num_parameters=1000,
+        )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import client.app
 import client.secure_round
 from client.site import site_of_partition
-from medfed.errors import RoundError
+from medfed.errors import LostRoundError, RoundError
 from medfed.messages import RECORD_KEY, RoundReply
 from medfed.study import ALL_SITES, StudyConfig
 from privacy.plan import PrivacyPlan
@@ -226,8 +226,15 @@ def test_site_that_drops_out_before_opening_is_in_the_sum(
     assert line["num_sites"] == 5
 
 
-@pytest.mark.parametrize("action", ["setup", "accept", "train", "vote", "open_sum"])
-def test_beyond_the_tolerance_the_round_is_given_up_and_the_run_can_be_resumed(
+def beyond_tolerance(failing: Failing, action: str, rounds: Iterable[int]) -> None:
+    """Three of five sites fail at an action; votes are asked for if a site sends no vector."""
+    failing.at(action, "west", "east", "centre", rounds=rounds)
+    if action == "vote":
+        failing.at("train", "north", rounds=rounds)
+
+
+@pytest.mark.parametrize("action", ["advertise", "setup", "accept", "train"])
+def test_round_that_too_few_begin_is_given_up_and_the_run_can_be_resumed(
     make_secure_study: MakeStudy,
     study_file: StudyFile,
     tmp_path: Path,
@@ -237,44 +244,93 @@ def test_beyond_the_tolerance_the_round_is_given_up_and_the_run_can_be_resumed(
     path = study_file(make_secure_study())
     undisturbed = simulate(path, out=tmp_path / "whole", workers=0, baselines=False)
     with monkeypatch.context() as patched:
-        failing = Failing(patched)
-        failing.at(action, "west", "east", "centre", rounds=(0, 1, 2) if action in ("setup", "accept") else (2,))
-        if action == "vote":
-            failing.at("train", "north", rounds=(2,))
-        with pytest.raises(RoundError, match="Expected"):
+        beyond_tolerance(Failing(patched), action, (2,) if action == "train" else (0, 1, 2))
+        with pytest.raises(RoundError, match="Correct that and resume") as error:
             simulate(path, out=tmp_path / "stopped", workers=0, baselines=False)
+    assert not isinstance(error.value, LostRoundError)
     (folder,) = (tmp_path / "stopped").iterdir()
     resumed = simulate(resume=folder, workers=0)
     assert torch.equal(checkpoint_of(resumed.folder).adapter_P, checkpoint_of(undisturbed.folder).adapter_P)
 
 
+def training_of(folder: Path) -> list[tuple[str, int, str]]:
+    lines = [line for line in metrics_of(folder) if line["event"] != "evaluate"]
+    return [(line["event"], line["round"], line["site"]) for line in lines]
+
+
+@pytest.mark.parametrize("action", ["vote", "open_sum"])
+def test_round_that_too_few_help_to_open_is_lost_and_the_study_goes_on(
+    make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, failing: Failing, action: str
+) -> None:
+    """Sites that agreed to a set of survivors agree to no other one, so the adapter stays as it was."""
+    study = make_secure_study()
+    one_round = study.replace(rounds={"num_rounds": 1})
+    shorter = simulate(study_file(one_round), out=tmp_path / "shorter", workers=0, baselines=False)
+    beyond_tolerance(failing, action, (2,))
+    run = simulate(study_file(study), out=tmp_path / "runs", workers=0, baselines=False)
+    assert training_of(run.folder) == [("train", 1, ALL_SITES), ("lost", 2, ALL_SITES)]
+    assert torch.equal(checkpoint_of(run.folder).adapter_P, checkpoint_of(shorter.folder).adapter_P)
+    assert checkpoint_of(run.folder).round == 2
+
+
+def test_round_after_a_lost_one_trains(
+    make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, failing: Failing
+) -> None:
+    failing.at("open_sum", "west", "east", "centre", rounds=(1,))
+    run = simulate(study_file(make_secure_study()), out=tmp_path / "runs", workers=0, baselines=False)
+    assert training_of(run.folder) == [("lost", 1, ALL_SITES), ("train", 2, ALL_SITES)]
+
+
+def test_evaluation_that_is_lost_has_no_line_and_the_run_ends(
+    make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, failing: Failing
+) -> None:
+    failing.at("open_sum", "west", "east", "centre", rounds=(0,))
+    run = simulate(study_file(make_secure_study()), out=tmp_path / "runs", workers=0, baselines=False)
+    assert [(line["event"], line["round"]) for line in metrics_of(run.folder)] == [
+        ("train", 1), ("train", 2), ("evaluate", 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("action", ["vote", "open_sum"])
+def test_two_lost_rounds_in_a_row_end_the_run(
+    make_secure_study: MakeStudy,
+    study_file: StudyFile,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    action: str,
+) -> None:
+    path = study_file(make_secure_study().replace(rounds={"num_rounds": 3, "evaluate_every": 1}))
+    with monkeypatch.context() as patched:
+        beyond_tolerance(Failing(patched), action, (2, 3))
+        with pytest.raises(LostRoundError, match="Round 3: Expected") as error:
+            simulate(path, out=tmp_path / "stopped", workers=0, baselines=False)
+        assert error.value.exit_code == 8
+        (folder,) = (tmp_path / "stopped").iterdir()
+        assert checkpoint_of(folder).round == 2
+        simulate(resume=folder, workers=0)  # nothing is mended, and yet the run can go on
+    assert [line[:2] for line in training_of(folder)] == [("train", 1), ("lost", 2), ("lost", 3)]
+
+
 def test_private_updates_are_charged_once_however_often_their_sum_is_tried(
-    make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, failing: Failing
 ) -> None:
     """With trust = 'site' an update is private by itself: the same one goes under new masks, at no new cost."""
-    path = study_file(shared_noise(make_secure_study(), trust="site"))
-    with monkeypatch.context() as patched:
-        Failing(patched).at("open_sum", "west", "east", "centre", rounds=(2,))
-        with pytest.raises(RoundError):
-            simulate(path, out=tmp_path / "stopped", workers=0, baselines=False)
-    (folder,) = (tmp_path / "stopped").iterdir()
-    simulate(resume=folder, workers=0)
+    failing.at("open_sum", "west", "east", "centre", rounds=(2,))
+    study = shared_noise(make_secure_study(), trust="site")
+    run = simulate(study_file(study), out=tmp_path / "runs", workers=0, baselines=False)
+    assert training_of(run.folder) == [("train", 1, ALL_SITES), ("lost", 2, ALL_SITES)]
     for index in range(len(SITES)):
         site = site_of_partition(index)
         assert [one.charge.round for one in site.ledger.charges("federated")] == [1, 2]
 
 
 def test_shared_noise_is_charged_before_a_vector_leaves_and_anew_for_another_try(
-    make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, failing: Failing
 ) -> None:
     """A vector that left may be opened by the others, so a round that this site saw fail has been spent."""
-    path = study_file(shared_noise(make_secure_study()))
-    with monkeypatch.context() as patched:
-        Failing(patched).at("open_sum", "west", "east", "centre", rounds=(2,))
-        with pytest.raises(RoundError):
-            simulate(path, out=tmp_path / "stopped", workers=0, baselines=False)
-    (folder,) = (tmp_path / "stopped").iterdir()
-    run = simulate(resume=folder, workers=0)
+    failing.at("open_sum", "west", "east", "centre", rounds=(2,))
+    run = simulate(study_file(shared_noise(make_secure_study())), out=tmp_path / "runs", workers=0, baselines=False)
+    assert training_of(run.folder) == [("train", 1, ALL_SITES), ("lost", 2, ALL_SITES)]
     for index in range(len(SITES)):
         site = site_of_partition(index)
         assert [one.charge.round for one in site.ledger.charges("federated")] == [1, 2, 2]

@@ -18,12 +18,23 @@ from privacy.secure_aggregation.identity import Identity
 from privacy.secure_aggregation.journal import Journal
 from privacy.secure_aggregation.masking import add_mask
 from privacy.secure_aggregation.masks import add_pair_masks, own_mask_key
-from privacy.secure_aggregation.messages import Masked, OpenRequest, RoundStart, Shares, Upload, VoteRequest
+from privacy.secure_aggregation.messages import (
+    Advertised,
+    Masked,
+    OpenRequest,
+    Relay,
+    Roster,
+    RoundStart,
+    Setup,
+    Shares,
+    Upload,
+    VoteRequest,
+)
 from privacy.secure_aggregation.plan import SecureAggregationPlan
 from privacy.secure_aggregation.server import Epoch, SecureSum, SetupPhase
 from privacy.secure_aggregation.shamir import reconstruct
 
-CHANNEL, MODEL = b"c" * 32, b"m" * 32
+MODEL = b"m" * 32
 
 
 @dataclass
@@ -49,23 +60,42 @@ class Consortium:
     def journal(self, site: str) -> Journal:
         return Journal(self.folder / site)
 
+    def advertised(self, epoch: int = 1, sites: Collection[str] | None = None) -> SetupPhase:
+        """A setup in which sites have made their keys known, and the roster is there."""
+        phase = SetupPhase(self.plan, epoch)
+        for site in self.sites:
+            if sites is None or site in sites:
+                advertised = self.client(site).advertise(epoch)
+                phase.advertise(Advertised.parse(advertised.to_bytes()))
+        assert phase.roster.epoch == epoch
+        return phase
+
     def begin(self, epoch: int = 1, sites: Collection[str] | None = None) -> Epoch:
         """An honest setup."""
-        phase = SetupPhase(self.plan, epoch)
-        present = [site for site in self.sites if sites is None or site in sites]
+        phase = self.advertised(epoch, sites)
+        present, roster = phase.roster.sites, phase.roster.to_bytes()
         for site in present:
-            phase.add(self.client(site).setup(epoch))
+            phase.add(Setup.parse(self.client(site).setup(Roster.parse(roster)).to_bytes()))
         for site in present:
-            phase.accept(self.client(site).accept(phase.relay_to(site)))
+            phase.accept(self.client(site).accept(Relay.parse(phase.relay_to(site).to_bytes())))
         self.epoch = phase.finish()
         return self.epoch
 
     def start(
-        self, slot: int = 0, sites: Collection[str] | None = None, *, channel: bytes = CHANNEL, model: bytes = MODEL
+        self,
+        slot: int = 0,
+        sites: Collection[str] | None = None,
+        *,
+        channel: bytes | None = None,
+        model: bytes = MODEL,
     ) -> RoundStart:
+        """The start of a round; every slot of every epoch sums something else unless a channel is named."""
         assert self.epoch is not None
         return self.epoch.start(
-            slot, channel=channel, model=model, sites=list(self.epoch.setups if sites is None else sites)
+            slot,
+            channel=channel or sha256(f"slot {slot} of epoch {self.epoch.number}".encode()).digest(),
+            model=model,
+            sites=list(self.epoch.setups if sites is None else sites),
         )
 
     def round_id(self, start: RoundStart) -> bytes:

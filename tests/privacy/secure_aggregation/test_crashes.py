@@ -1,5 +1,8 @@
 """Sites that are killed, run twice, or lose their journal: no second vector, no second set of survivors."""
 
+import contextlib
+import dataclasses
+import itertools
 import os
 import shutil
 import stat
@@ -11,9 +14,19 @@ import numpy as np
 import pytest
 
 from medfed.errors import SecureAggregationError, SiteError
+from privacy.secure_aggregation.client import SecureClient
 from privacy.secure_aggregation.framing import names
 from privacy.secure_aggregation.journal import Journal
-from privacy.secure_aggregation.messages import Masked, OpenRequest, Upload, Vote, VoteRequest
+from privacy.secure_aggregation.messages import (
+    Masked,
+    OpenRequest,
+    Relay,
+    RelayedSetup,
+    Setup,
+    Upload,
+    Vote,
+    VoteRequest,
+)
 from privacy.secure_aggregation.server import SetupPhase
 
 SITE, ALL = "site-2", ("site-0", "site-1", "site-2", "site-3")
@@ -138,7 +151,7 @@ def test_kill_while_voting_or_opening_never_lets_a_second_set_be_agreed_to(conso
     def then(answered: bool) -> None:
         other = ("site-1", "site-2", "site-3")
         journal = consortium.journal(SITE)
-        noted = journal.voted(1, 0) is not None
+        noted = journal.voted(1, 0) is not None or any((consortium.folder / SITE).glob("channel-*"))
         again = not refused(lambda: vote(consortium, other))
         assert again == (not noted)
         assert not (answered and again)
@@ -158,20 +171,38 @@ def test_kill_while_beginning_an_epoch_leaves_the_old_one_or_none(consortium: An
         begun = consortium.journal(SITE).newest_epoch() == 2
         assert begun or not answered
         assert refused(lambda: mask(consortium)) == begun
-        assert refused(lambda: consortium.client(SITE).setup(2)) == begun
-        consortium.client(SITE).setup(3)
+        assert refused(lambda: consortium.client(SITE).advertise(2)) == begun
+        consortium.client(SITE).advertise(3)
         assert not list((consortium.folder / SITE).glob("epoch-[12]/*.secret"))
         assert not list((consortium.folder / SITE).glob("epoch-[12]/own"))
 
-    assert every_kill(consortium, SITE, lambda some: some.client(SITE).setup(2).to_bytes(), then) > 8
+    assert every_kill(consortium, SITE, lambda some: some.client(SITE).advertise(2).to_bytes(), then) > 8
+
+
+@pytest.mark.process
+def test_kill_while_setting_up_lets_no_second_setup_out(make_consortium: Callable[..., Any]) -> None:
+    """It would seal other secrets under the same keys and nonces."""
+    consortium = make_consortium()
+    roster = consortium.advertised(1).roster
+    seen = set()
+
+    def then(answered: bool) -> None:
+        begun = (consortium.folder / SITE / "epoch-1" / "dealt").exists()
+        again = not refused(lambda: consortium.client(SITE).setup(roster))
+        assert again == (not begun)
+        assert not (answered and again)
+        seen.add((answered, again))
+
+    assert every_kill(consortium, SITE, lambda some: some.client(SITE).setup(roster).to_bytes(), then) >= 2
+    assert seen == {(False, True), (False, False), (True, False)}
 
 
 @pytest.mark.process
 def test_kill_while_accepting_lets_one_view_be_accepted(make_consortium: Callable[..., Any]) -> None:
     consortium = make_consortium()
-    phase = SetupPhase(consortium.plan, 1)
+    phase = consortium.advertised(1)
     for site in ALL:
-        phase.add(consortium.client(site).setup(1))
+        phase.add(consortium.client(site).setup(phase.roster))
     relay = phase.relay_to(SITE)
     fewer = type(relay)(relay.plan, relay.epoch, (relay.setups[0], *relay.setups[2:]))
     for site in ALL:
@@ -243,6 +274,32 @@ def test_of_processes_that_open_different_sums_at_most_one_answers(consortium: A
         assert len(set(answers)) <= 1  # the same one may be given twice
 
 
+@pytest.mark.process
+def test_of_processes_that_set_up_at_once_one_answers(make_consortium: Callable[..., Any]) -> None:
+    consortium = make_consortium()
+    for epoch in range(1, 5):
+        roster = consortium.advertised(epoch).roster
+        calls: list[Call] = [lambda some, roster=roster: some.client(SITE).setup(roster).to_bytes()] * 4
+        assert len(raced(consortium, calls)) == 1
+
+
+@pytest.mark.process
+def test_of_processes_that_agree_to_different_sums_of_the_same_thing_one_answers(consortium: Any) -> None:
+    """In four slots at once, which have no other marker in common."""
+    sets = (ALL, WITHOUT_1, ("site-1", "site-2", "site-3"), ("site-0", "site-1", "site-2"))
+    for channel in range(4):
+        calls: list[Call] = [
+            lambda some, slot=slot, survivors=survivors, channel=channel: (
+                some.client(SITE)
+                .vote(VoteRequest(some.start(slot, channel=bytes([channel]) * 32), survivors))
+                .to_bytes()
+            )
+            for slot, survivors in enumerate(sets)
+        ]  # fmt: skip
+        assert len(raced(consortium, calls)) <= 1  # a marker that is not written yet stands for any answer
+        consortium.begin(channel + 2)
+
+
 def test_lost_journal_needs_a_new_epoch(consortium: Any) -> None:
     mask(consortium)
     shutil.rmtree(consortium.folder / SITE)
@@ -256,34 +313,35 @@ def test_lost_journal_needs_a_new_epoch(consortium: Any) -> None:
 def test_site_that_sets_up_an_epoch_again_after_a_loss_is_in_none_of_its_rounds(consortium: Any) -> None:
     """Its new keys are others than those which the other sites accepted."""
     mask(consortium)
-    phase = SetupPhase(consortium.plan, 1)
     shutil.rmtree(consortium.folder / SITE)
-    consortium.client(SITE).setup(1)
+    advertised = consortium.client(SITE).advertise(1)
     for call in (mask, vote, open_all):
         with pytest.raises(SecureAggregationError, match="accepted setups of epoch 1, got none at this site"):
             call(consortium)
-    assert refused(lambda: phase.relay_to(SITE))
+    phase = SetupPhase(consortium.plan, 1)
+    phase.advertise(advertised)
+    assert refused(lambda: phase.roster)
 
 
-@pytest.mark.xfail(strict=True, reason="a site that lost its journal may set up the same epoch again")
+@pytest.mark.parametrize("later", [False, True], ids=["J set up with the first life", "J set up with the second"])
 def test_site_that_lost_its_journal_in_an_epoch_does_not_count_twice(
-    make_consortium: Callable[..., Any], adversary_of: Callable[..., Any]
+    make_consortium: Callable[..., Any], adversary_of: Callable[..., Any], later: bool
 ) -> None:
-    """It begins the epoch anew, with a server that has waited for it, and answers in both lives.
+    """It takes part anew, with a server that has waited for it, and answers in both lives whatever it is asked.
 
-    Its box key is the same, so both lives hold the shares that D dealt. The first opens D's own mask with D itself;
-    the second opens D's round key with J, who was shown no setup before. D's vector is read.
+    If both lives held the shares that D dealt, the first would open D's own mask with D itself, and the second D's
+    round key with J, who was shown no setup before: D's vector would be read.
     """
     consortium = make_consortium(4, 1)
     (c, d, j, loser), plain = ALL, np.arange(3, dtype=np.uint32)
-    setups = {site: consortium.client(site).setup(1) for site in ALL}
-    first, second = SetupPhase(consortium.plan, 1), SetupPhase(consortium.plan, 1)
+    first = consortium.advertised(1)
+    setups = {site: consortium.client(site).setup(first.roster) for site in ALL if site != j or not later}
+    c_private = consortium.journal(c).own(1)
     for site in (c, d, loser):
         first.add(setups[site])
-    acceptances = {site: consortium.client(site).accept(first.relay_to(site)) for site in (c, d, loser)}
-    for acceptance in acceptances.values():
-        first.accept(acceptance)
-    consortium.epoch = epoch = first.finish()
+    for site in (c, d, loser):
+        first.accept(consortium.client(site).accept(first.relay_to(site)))
+    consortium.epoch = first.finish()
     adversary = adversary_of(consortium, (c,))
     adversary.join(1, [0])
     start = consortium.start(0)
@@ -291,32 +349,56 @@ def test_site_that_lost_its_journal_in_an_epoch_does_not_count_twice(
     for site in (d, loser):
         request = OpenRequest(start, start.sites)
         adversary.hear_shares(request, consortium.client(site).open(request))
+    assert adversary.secret("seed", d, 0) is not None
 
     shutil.rmtree(consortium.folder / loser)
-    try:
-        setups[loser] = consortium.client(loser).setup(1)
-    except SecureAggregationError:
-        return
-    for site in ALL:
-        second.add(setups[site])
-    for site in ALL:
-        again = acceptances[site] if site in (c, d) else consortium.client(site).accept(second.relay_to(site))
-        second.accept(again)
-    consortium.epoch = second.finish()
-    start, survivors = consortium.start(0), (c, j, loser)
-    round_id = consortium.round_id(start)
-    signed = {"vote": (names(survivors),), "masked": (bytes(32),)}
-    by_c = {label: consortium.identities[c].sign(label, round_id, *fields) for label, fields in signed.items()}
-    uploads = [consortium.upload(consortium.mask(site, start, VECTOR)) for site in (j, loser)]
-    votes = [consortium.client(site).vote(VoteRequest(start, survivors)) for site in (j, loser)]
-    request = OpenRequest(
-        start, survivors, (Vote(c, round_id, by_c["vote"]), *votes), (Upload(c, bytes(32), by_c["masked"]), *uploads)
-    )
+    c_key, d_key, j_key, _ = first.roster.advertised
+    second = dataclasses.replace(first.roster, advertised=(c_key, d_key, j_key, consortium.client(loser).advertise(1)))
+    shown: dict[str, list[Setup]] = {site: [setup] for site, setup in setups.items()}
+    for site in (d, j, loser):
+        for roster in (second, first.roster) if later else (first.roster, second):
+            with contextlib.suppress(SecureAggregationError):
+                shown.setdefault(site, []).append(consortium.client(site).setup(roster))
+    assert {site: len(made) for site, made in shown.items()} == {c: 1, d: 1, j: 1, loser: 2}
+    kept = consortium.folder / "kept by C"  # the corrupt site sets up as often as the server likes
+    Journal(kept).begin_epoch(1, c_private)
+    shown[c].append(SecureClient(c, consortium.identities[c], consortium.plan, kept).setup(second))
+    accepted: dict[str, list[str]] = {}
     for site in (j, loser):
-        adversary.hear_shares(request, consortium.client(site).open(request))
-    consortium.epoch = epoch
-    sums = adversary.sums()
-    assert frozenset([d]) not in sums or not np.array_equal(sums[frozenset([d])], plain)
+        place = ALL.index(site)
+        for sites in ((c, d, j, loser), (c, j, loser), (c, d, j), (d, j, loser), (c, d, loser)):
+            for chosen in itertools.product(*(shown[name] for name in sites)):
+                relayed = tuple(RelayedSetup(one.body, one.signature, one.boxes[place]) for one in chosen)
+                with contextlib.suppress(SecureAggregationError):
+                    consortium.client(site).accept(Relay(consortium.plan.digest, 1, relayed))
+                    accepted.setdefault(site, []).append(sites)
+    # J accepts what was set up for the roster that it was shown; the second life is alone, or in an epoch without D.
+    assert accepted == ({j: [(c, j, loser)], loser: [(c, j, loser)]} if later else {j: [ALL]})
+    sites, survivors = (c, j, loser) if later else ALL, (c, j, loser)
+    begun, corrupt = dataclasses.replace(start, sites=sites), consortium.identities[c]
+    votes: dict[str, Vote] = {}
+    uploads: dict[str, Upload] = {}
+    for site in (j, loser, d):
+        with contextlib.suppress(SecureAggregationError):
+            uploads[site] = consortium.upload(consortium.mask(site, begun, VECTOR))
+        with contextlib.suppress(SecureAggregationError):
+            votes[site] = consortium.client(site).vote(VoteRequest(begun, survivors))
+    assert set(votes) == set(uploads) == ({j, loser} if later else {j})
+    round_id = votes[j].round_id
+    votes[c] = Vote(c, round_id, corrupt.sign("vote", round_id, names(survivors)))
+    uploads |= {
+        site: Upload(site, bytes(32), corrupt.sign("masked", round_id, bytes(32)))
+        for site in {c, *survivors} - set(uploads)
+    }
+    for site in (d, j, loser):
+        for request in (
+            OpenRequest(begun, survivors, tuple(votes.values()), tuple(uploads[name] for name in survivors)),
+            OpenRequest(begun, sites),
+        ):
+            with contextlib.suppress(SecureAggregationError):
+                adversary.hear_shares(request, consortium.client(site).open(request))
+    assert adversary.secret("key", d, 0) is None
+    assert frozenset([d]) not in adversary.sums()
 
 
 @pytest.mark.parametrize("damage", ["lost", "cut", "emptied", "changed"])
@@ -338,10 +420,17 @@ def test_damaged_secrets_need_a_new_epoch(consortium: Any, damage: str) -> None:
 def test_marker_that_a_crash_left_empty_stands_for_any_answer(consortium: Any) -> None:
     folder = consortium.folder / SITE / "epoch-1"
     (folder / "0.voted").touch()
-    for survivors in (ALL, WITHOUT_1):
+    for slot, survivors in enumerate((ALL, WITHOUT_1)):
+        start = consortium.start(0, channel=bytes([slot]) * 32)
         with pytest.raises(SecureAggregationError, match="it agrees to one set, once"):
-            vote(consortium, survivors)
+            consortium.client(SITE).vote(VoteRequest(start, survivors))
     (folder / "0.voted").unlink()
+    channel = folder.parent / f"channel-{consortium.start(0).channel.hex()}"
+    channel.touch()
+    for survivors in (ALL, WITHOUT_1):
+        with pytest.raises(SecureAggregationError, match="agreed to when this was summed before"):
+            vote(consortium, survivors)
+    channel.unlink()
     (folder / "0.masked").touch()
     for call in (mask, vote, open_all):
         assert refused(lambda call=call: call(consortium))
@@ -383,7 +472,44 @@ def test_secrets_of_an_earlier_epoch_go_when_a_new_one_begins(consortium: Any) -
     consortium.begin(2)
     for site in ALL:
         assert not list((consortium.folder / site / "epoch-1").glob("*.secret"))
-        assert not list((consortium.folder / site).glob("epoch-*/own"))
+        for name in ("own", "dealt"):
+            assert not list((consortium.folder / site).glob(f"epoch-*/{name}"))
+
+
+def test_private_key_of_an_epoch_is_overwritten_and_gone_once_it_is_accepted_or_a_new_one_begins(
+    make_consortium: Callable[..., Any],
+) -> None:
+    for accepted in (True, False):
+        consortium = make_consortium()
+        phase = consortium.advertised(1)
+        for site in ALL:
+            phase.add(consortium.client(site).setup(phase.roster))
+        folder, kept = consortium.folder / SITE / "epoch-1", {}
+        for name in ("own", "dealt"):
+            kept[name] = consortium.folder / f"kept {name}"
+            os.link(folder / name, kept[name])  # sees what is written over the content
+        if accepted:
+            consortium.client(SITE).accept(phase.relay_to(SITE))
+        else:
+            consortium.client(SITE).advertise(2)
+        for name, other in kept.items():
+            assert not (folder / name).exists()
+            assert set(other.read_bytes()) == {0}
+
+
+def test_what_was_agreed_to_outlives_all_epochs(consortium: Any) -> None:
+    vote(consortium)
+    for epoch in (2, 3):
+        consortium.begin(epoch)
+    journal, channel = consortium.journal(SITE), consortium.start(0).channel
+    assert journal.agree(channel, names(ALL))  # of the third epoch
+    ((marker, agreed),) = [
+        (path, path.read_bytes())
+        for path in (consortium.folder / SITE).glob("channel-*")
+        if not path.name.endswith(channel.hex())
+    ]
+    assert agreed == names(WITHOUT_1)
+    assert not journal.agree(bytes.fromhex(marker.name.removeprefix("channel-")), names(ALL))
 
 
 def test_journal_is_for_its_owner_alone(consortium: Any) -> None:
@@ -405,7 +531,7 @@ def test_journal_that_cannot_be_written_lets_nothing_out(consortium: Any, monkey
         with pytest.raises(SiteError, match="to write the journal of secure aggregation"):
             call(consortium)
     with pytest.raises(SiteError, match="to write the journal of secure aggregation"):
-        consortium.client(SITE).setup(2)
+        consortium.client(SITE).advertise(2)
 
 
 def test_marker_is_durable_before_the_answer_is_made_known(consortium: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,10 +544,14 @@ def test_marker_is_durable_before_the_answer_is_made_known(consortium: Any, monk
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
-    for call, marker in ((mask, "0.masked"), (vote, "0.voted")):
+    channel = f"channel-{consortium.start(0).channel.hex()}"
+    for call, expected in (
+        (mask, ["0.masked", "epoch-1"]),
+        (vote, [channel, SITE, "0.voted", "epoch-1"]),
+    ):
         synced.clear()
         call(consortium)
-        assert synced[:2] == [marker, "epoch-1"]
+        assert synced[: len(expected)] == expected
 
 
 def test_journal_of_no_epoch_has_nothing(tmp_path: Path) -> None:
@@ -430,6 +560,11 @@ def test_journal_of_no_epoch_has_nothing(tmp_path: Path) -> None:
     assert journal.last_masked(1) == -1
     assert journal.voted(1, 0) is None
     journal.forget_older_than(0.0)
-    for call in (lambda: journal.own(1), lambda: journal.accepted(1), lambda: journal.secret(1, 0)):
+    for call in (
+        lambda: journal.own(1),
+        lambda: journal.dealt(1),
+        lambda: journal.accepted(1),
+        lambda: journal.secret(1, 0),
+    ):
         with pytest.raises(SecureAggregationError):
             call()

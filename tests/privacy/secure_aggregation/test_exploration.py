@@ -8,7 +8,9 @@ sites (a vote, a proof that somebody uploaded) is noted, and only asked for when
 Putting them together, one life of each honest site is chosen, in all combinations in which what a site was shown
 is what another one answered in its life (in any order: that is more than a server can do, so nothing is missed).
 What the server then knows, with the corrupt sites' shares and secrets, must open no sum of fewer honest sites than
-``max(threshold, max_colluding + 2) - max_colluding``; and a site masks one vector in a round, once.
+``max(threshold, max_colluding + 2) - max_colluding``; of what is summed more than once (one channel) it must open
+sums over one set of honest sites only, so that there is no difference of two; and a site masks one vector in a round,
+once.
 """
 
 import contextlib
@@ -16,7 +18,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -186,24 +187,20 @@ class Explorer:
         return message.fact(site)
 
     def restore(self, files: Files) -> None:
-        folder = self.folder / "epoch-1"
-        if not folder.is_dir():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        keep = dict(files)
-        for path in folder.iterdir():
-            if path.name not in keep:
-                path.unlink()
+        """The journal on disk is this one: the epoch, and what was agreed to of each channel."""
+        (self.folder / "epoch-1").mkdir(parents=True, exist_ok=True)
+        there = dict(self.files())
+        for name in there.keys() - dict(files).keys():
+            (self.folder / name).unlink()
         for name, content in files:
-            (folder / name).write_bytes(content)
+            if there.get(name) != content:
+                (self.folder / name).write_bytes(content)
 
     def files(self) -> Files:
-        folder = self.folder / "epoch-1"
-        return tuple((path.name, path.read_bytes()) for path in sorted(folder.iterdir()))
+        return _files(self.folder)
 
     def first_journal(self, site: str) -> Files:
-        folder = self.consortium.folder / site / "epoch-1"
-        return tuple((path.name, path.read_bytes()) for path in sorted(folder.iterdir()))
+        return _files(self.consortium.folder / site)
 
     def journals(self, site: str) -> tuple[Files, Steps]:
         """The first journal of a site, and from each one that can be reached, what every message leads to."""
@@ -221,7 +218,13 @@ class Explorer:
                 answer = self.send(site, message)
                 after = self.files()
                 if answer is None:
-                    assert after == files, "a refusal changed the journal"
+                    # Of what else is summed in a slot, more may be noted than is answered.
+                    noted = {name for name, _ in set(after) - set(files)}
+                    assert set(files) <= set(after), "a refusal changed the journal"
+                    assert noted <= self.channels_of_others(message.round), "a refusal changed the journal"
+                    if noted:
+                        steps[files].setdefault((frozenset(), after), set()).add(message.needs)
+                        self.restore(files)
                     continue
                 edges = steps[files].setdefault((frozenset([answer]), after), set())
                 edges.add(message.needs)
@@ -235,6 +238,12 @@ class Explorer:
                 steps[files][edge] = least(needs)
                 waiting.append(edge[1])
         return first, steps
+
+    def channels_of_others(self, round: int) -> set[str]:
+        """Where it is noted what was agreed to in a round, if some other one of its slot sums something else."""
+        start = self.starts[round]
+        others = {one.channel for one in self.starts if one.slot == start.slot} - {start.channel}
+        return {f"channel-{start.channel.hex()}"} if others else set()
 
     def lives(self, site: str) -> list[Life]:
         """Every life of a site that no other one with as few needs says more than."""
@@ -285,6 +294,18 @@ class Explorer:
         raise AssertionError
 
 
+def _files(folder: Path) -> Files:
+    found: list[tuple[str, bytes]] = []
+    for parent in (folder, folder / "epoch-1"):
+        with os.scandir(parent) as entries:
+            found += [
+                (os.path.relpath(entry.path, folder), Path(entry.path).read_bytes())
+                for entry in entries
+                if entry.is_file()
+            ]
+    return tuple(sorted(found))
+
+
 def _kill() -> None:
     raise Killed
 
@@ -325,8 +346,9 @@ def longest(lives: Collection[Life]) -> list[Life]:
 
 
 def too_small_sums(explorer: Explorer, facts: Collection[Fact], sums_open_to: Sums) -> list[object]:
-    """Sums of too few honest sites that follow from what was answered, and vectors under one mask."""
+    """Sums of too few honest sites that follow from what was answered, differences of two, vectors under one mask."""
     plan, found = explorer.plan, []
+    opened: dict[bytes, set[frozenset[str]]] = {}
     givers: dict[tuple[str, int, str], set[str]] = {}
     masked: dict[int, dict[str, set[int]]] = {}
     for fact in facts:
@@ -345,9 +367,10 @@ def too_small_sums(explorer: Explorer, facts: Collection[Fact], sums_open_to: Su
             for kind in ("seed", "key")
         }
         for group in sums_open_to(start.sites, vectors, known["seed"], known["key"] | set(explorer.corrupt)):
+            opened.setdefault(start.channel, set()).add(group)
             if len(group) < explorer.min_honest:
                 found.append((round, group))
-    return found
+    return found + [groups for groups in opened.values() if len(groups) > 1]
 
 
 def attacks(
@@ -384,19 +407,27 @@ def quick_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_explorer(make_consortium: Callable[..., Any], quick_signatures: None) -> Callable[..., Explorer]:
-    """An explorer of a consortium in its first epoch; ``rounds`` are slots, sites (all if None), and a model."""
+    """An explorer of a consortium in its first epoch; ``rounds`` are slots, sites (all if None), and a model.
+
+    A fourth is what is summed, where that is not the same in a slot and another in the next.
+    """
 
     def make(
         num_sites: int,
         max_colluding: int,
-        rounds: Iterable[tuple[int, Collection[int] | None, bytes]],
+        rounds: Iterable[Any],
         **numbers: Any,
     ) -> Explorer:
         consortium = make_consortium(num_sites, max_colluding, rounds_per_epoch=2, **numbers)
         consortium.begin()
         starts = [
-            consortium.start(slot, None if sites is None else [f"site-{site}" for site in sites], model=model * 32)
-            for slot, sites, model in rounds
+            consortium.start(
+                slot,
+                None if sites is None else [f"site-{site}" for site in sites],
+                model=model * 32,
+                channel=channel[0] * 32 if channel else None,
+            )
+            for slot, sites, model, *channel in rounds
         ]
         return Explorer(consortium, starts, num_corrupt=max_colluding)
 
@@ -413,6 +444,15 @@ ALL_ROUNDS_OF_FOUR = [
     (0, (0, 2, 3), b"m"),
     (0, (1, 2, 3), b"m"),
 ]
+
+TWO_THINGS = [(0, None, b"m", b"a"), (0, None, b"m", b"b")]
+"""Rounds of one slot over all sites that sum different things."""
+
+SAME_AGAIN = [(0, None, b"m", b"a"), (1, None, b"m", b"a")]
+"""The same thing in two slots."""
+
+SAME_OF_FEWER = [(0, None, b"m", b"a"), (1, (0, 2, 3), b"m", b"a")]
+"""The same thing in two slots, in one of them without a site."""
 
 SPLIT = [(0, None, b"m"), (0, (0, 1, 3), b"m")]
 """A round of all four, and one of three that are told nothing of the fourth."""

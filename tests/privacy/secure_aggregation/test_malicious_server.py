@@ -13,6 +13,7 @@ import pytest
 from medfed.errors import SecureAggregationError
 from privacy.secure_aggregation.client import SecureClient
 from privacy.secure_aggregation.framing import names
+from privacy.secure_aggregation.journal import Journal
 from privacy.secure_aggregation.messages import (
     Masked,
     OpenRequest,
@@ -28,6 +29,7 @@ C, D, J, I = "site-0", "site-1", "site-2", "site-3"  # noqa: E741  # corrupt, dr
 ALL = (C, D, J, I)
 WITHOUT_D = (C, J, I)
 WITHOUT_I = (C, D, J)
+OTHER_SUM = "the survivors that this site agreed to when this was summed before"
 MakeVectors = Callable[..., dict[str, Any]]
 
 
@@ -121,7 +123,7 @@ def test_site_is_never_survivor_and_missing_at_once(uploaded: Round) -> None:
     for bad in (("site-0", "site-0", "site-2"), (*WITHOUT_D, "site-1", "site-1")):
         with pytest.raises(SecureAggregationError, match="Expected each site once"):
             OpenRequest.parse(dataclasses.replace(request, survivors=bad).to_bytes())
-    with pytest.raises(SecureAggregationError, match="others; it agrees to one set, once"):
+    with pytest.raises(SecureAggregationError, match=OTHER_SUM):
         uploaded.consortium.client(J).open(OpenRequest(uploaded.start, ALL))
     (shares,) = {len(uploaded.consortium.client(site).open(request).shares) for site in WITHOUT_D}
     assert shares == len(ALL)
@@ -131,9 +133,23 @@ def test_second_set_of_survivors_gets_no_vote(uploaded: Round) -> None:
     uploaded.votes(WITHOUT_D, ALL)
     for survivors in (WITHOUT_I, ALL):
         for site in ALL:
-            with pytest.raises(SecureAggregationError, match="others; it agrees to one set, once"):
+            with pytest.raises(SecureAggregationError, match=OTHER_SUM):
                 uploaded.votes(survivors, [site])
     assert len(uploaded.votes(WITHOUT_D, ALL)) == 4  # the same vote may be asked for again
+
+
+def test_second_set_of_survivors_gets_no_vote_in_a_slot_whatever_is_summed(consortium: Any) -> None:
+    """Of sites that masked nothing in it: what is summed is in their vote."""
+    first, other = consortium.start(0), consortium.start(0, channel=b"x" * 32)
+    for site in ALL:
+        consortium.client(site).vote(VoteRequest(first, WITHOUT_D))
+        for survivors in (WITHOUT_I, ALL, WITHOUT_D):
+            with pytest.raises(SecureAggregationError, match="others; it agrees to one set, once"):
+                consortium.client(site).vote(
+                    VoteRequest(dataclasses.replace(other, channel=names(survivors)[:32]), survivors)
+                )
+        with pytest.raises(SecureAggregationError, match="others; it agrees to one set, once"):
+            consortium.client(site).open(OpenRequest(other, ALL))
 
 
 def test_votes_collected_for_two_sets_never_suffice_for_both(uploaded: Round) -> None:
@@ -142,7 +158,7 @@ def test_votes_collected_for_two_sets_never_suffice_for_both(uploaded: Round) ->
     with pytest.raises(SecureAggregationError, match="votes of at least 3 sites for these survivors, got 2"):
         uploaded.consortium.client(D).open(uploaded.request(WITHOUT_I, second))
     uploaded.consortium.client(J).open(uploaded.request(WITHOUT_D, first))
-    with pytest.raises(SecureAggregationError, match="others; it agrees to one set, once"):
+    with pytest.raises(SecureAggregationError, match=OTHER_SUM):
         uploaded.consortium.client(D).open(uploaded.request(WITHOUT_D, first))
 
 
@@ -158,7 +174,7 @@ def test_nothing_is_voted_after_the_fast_path(uploaded: Round) -> None:
 
 def test_fast_path_is_closed_after_a_vote(uploaded: Round) -> None:
     uploaded.votes(WITHOUT_D, [J])
-    with pytest.raises(SecureAggregationError, match="others; it agrees to one set, once"):
+    with pytest.raises(SecureAggregationError, match=OTHER_SUM):
         uploaded.consortium.client(J).open(OpenRequest(uploaded.start, ALL))
 
 
@@ -357,11 +373,12 @@ def test_sites_that_got_different_models_send_noise(consortium: Any, vectors: Ma
 
 def test_model_that_is_not_the_announced_one_is_refused(consortium: Any, vectors: MakeVectors) -> None:
     client, vector = consortium.client(J), vectors(ALL)[J]
+    start = consortium.start(0)
     with pytest.raises(SecureAggregationError, match="digest of the model that came with the round, got another"):
-        client.mask(consortium.start(0), vector, channel=b"c" * 32, model=b"x" * 32)
+        client.mask(start, vector, channel=start.channel, model=b"x" * 32)
     with pytest.raises(SecureAggregationError, match="for the vectors that the study defines, got one for others"):
-        client.mask(consortium.start(0), vector, channel=b"x" * 32, model=b"m" * 32)
-    client.mask(consortium.start(0), vector, channel=b"c" * 32, model=b"m" * 32)  # nothing was used up
+        client.mask(start, vector, channel=b"x" * 32, model=start.model)
+    client.mask(start, vector, channel=start.channel, model=start.model)  # nothing was used up
 
 
 @pytest.mark.parametrize(
@@ -385,13 +402,111 @@ def test_start_that_is_not_of_this_plan_and_epoch_is_refused(
     votes = tuple(Vote(site, bytes(32), bytes(64)) for site in ALL)
     client = consortium.client(J)
     for call in (
-        lambda: client.mask(start, vectors(ALL)[J], channel=b"c" * 32, model=b"m" * 32),
+        lambda: client.mask(start, vectors(ALL)[J], channel=start.channel, model=start.model),
         lambda: client.vote(VoteRequest(start, WITHOUT_D)),
         lambda: client.open(OpenRequest(start, start.sites)),
         lambda: client.open(OpenRequest(start, WITHOUT_D, votes)),
     ):
         with pytest.raises(SecureAggregationError, match=match):
             call()
+
+
+# The same thing, summed again
+
+
+def start_again(consortium: Any, where: str, sites: Sequence[str] = ALL, *, channel: bytes = b"x" * 32) -> RoundStart:
+    """A round that sums the same thing as slot 0 of epoch 1 did, later."""
+    if where == "another epoch":
+        consortium.begin(2)
+    start: RoundStart = consortium.start(0 if where == "another epoch" else 1, sites, channel=channel)
+    return start
+
+
+LATER = pytest.mark.parametrize("where", ["another slot", "another epoch"])
+
+
+@LATER
+@pytest.mark.parametrize("missing", ["not asked", "dropped out"])
+def test_second_sum_of_the_same_thing_over_other_sites_is_refused(
+    consortium: Any, vectors: MakeVectors, where: str, missing: str
+) -> None:
+    """The difference of the two would be D's vector. Whether D is not asked, or is said to have dropped out."""
+    plain = vectors(ALL)
+    consortium.run(consortium.start(0, channel=b"x" * 32), plain)
+    start = start_again(consortium, where, ALL if missing == "dropped out" else WITHOUT_D)
+    masked = {site: consortium.mask(site, start, plain[site]) for site in WITHOUT_D}
+    by_corrupt = tuple(corrupt_vote(consortium, site, start, WITHOUT_D) for site in WITHOUT_D)  # as if two were more
+    uploads = tuple(consortium.upload(masked[site]) for site in WITHOUT_D)
+    for site in (J, I):
+        client = consortium.client(site)
+        with pytest.raises(SecureAggregationError, match=OTHER_SUM):
+            client.vote(VoteRequest(start, WITHOUT_D))
+        with pytest.raises(SecureAggregationError, match=OTHER_SUM):
+            client.open(OpenRequest(start, WITHOUT_D, by_corrupt, uploads))
+        if missing == "not asked":
+            with pytest.raises(SecureAggregationError, match=OTHER_SUM):
+                client.open(OpenRequest(start, WITHOUT_D))
+
+
+@LATER
+def test_sum_over_more_sites_than_the_first_is_refused(consortium: Any, vectors: MakeVectors, where: str) -> None:
+    plain = vectors(ALL)
+    consortium.run(consortium.start(0, channel=b"x" * 32), plain, before_upload=[D])
+    start = start_again(consortium, where)
+    for site in ALL:
+        consortium.mask(site, start, plain[site])
+    for site in (J, I):
+        with pytest.raises(SecureAggregationError, match=OTHER_SUM):
+            consortium.client(site).open(OpenRequest(start, ALL))
+
+
+@LATER
+def test_vote_that_opened_nothing_binds_all_the_same(consortium: Any, where: str) -> None:
+    """Nobody can tell whether others opened it."""
+    consortium.client(J).vote(VoteRequest(consortium.start(0, channel=b"x" * 32), WITHOUT_D))
+    start = start_again(consortium, where)
+    for call in (
+        lambda: consortium.client(J).vote(VoteRequest(start, ALL)),
+        lambda: consortium.client(J).open(OpenRequest(start, ALL)),
+    ):
+        with pytest.raises(SecureAggregationError, match=OTHER_SUM):
+            call()
+    consortium.client(J).vote(VoteRequest(start, WITHOUT_D))
+
+
+@LATER
+@pytest.mark.parametrize("sites", [ALL, WITHOUT_D])
+def test_same_survivors_may_be_summed_again(
+    consortium: Any, vectors: MakeVectors, where: str, sites: tuple[str, ...]
+) -> None:
+    """Whether the missing site dropped out or was not asked; and with other vectors."""
+    first, second = vectors(ALL), vectors(ALL, seed=1)
+    consortium.run(consortium.start(0, channel=b"x" * 32), first, before_upload=[D])
+    start = start_again(consortium, where, sites)
+    total, survivors, _ = consortium.run(start, second, before_upload=[D] if sites == ALL else [])
+    assert survivors == WITHOUT_D
+    np.testing.assert_array_equal(total, second[C] + second[J] + second[I])
+
+
+@LATER
+def test_something_else_may_be_summed_over_other_sites(consortium: Any, vectors: MakeVectors, where: str) -> None:
+    plain = vectors(ALL)
+    consortium.run(consortium.start(0, channel=b"x" * 32), plain)
+    start = start_again(consortium, where, channel=b"y" * 32)
+    _, survivors, _ = consortium.run(start, plain, before_upload=[D])
+    assert survivors == WITHOUT_D
+
+
+@LATER
+def test_without_that_rule_the_difference_of_two_sums_would_be_a_vector(
+    consortium: Any, vectors: MakeVectors, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attack in full, on a client that lacks the rule."""
+    monkeypatch.setattr(Journal, "agree", lambda *_: True)
+    plain = vectors(ALL)
+    all_of_them, _, _ = consortium.run(consortium.start(0, channel=b"x" * 32), plain)
+    without_d, _, _ = consortium.run(start_again(consortium, where), plain, before_upload=[D])
+    np.testing.assert_array_equal(all_of_them - without_d, plain[D])
 
 
 # Replay
@@ -418,9 +533,9 @@ def test_messages_of_an_earlier_epoch_are_refused(consortium: Any) -> None:
         with pytest.raises(SecureAggregationError, match="newest epoch of this site, 2, got 1"):
             call(consortium)
     with pytest.raises(SecureAggregationError, match="an epoch newer than 2, got 2"):
-        consortium.client(J).setup(2)
+        consortium.client(J).advertise(2)
     with pytest.raises(SecureAggregationError, match="an epoch newer than 2, got 1"):
-        consortium.client(J).setup(1)
+        consortium.client(J).advertise(1)
 
 
 def test_votes_and_uploads_of_another_epoch_round_or_view_count_for_nothing(consortium: Any) -> None:
@@ -455,9 +570,16 @@ def test_messages_of_another_study_or_scope_are_refused(
     for _, call in replays(neighbour):
         with pytest.raises(SecureAggregationError, match="a round of this site's plan"):
             call(consortium)
-    phase = SetupPhase(consortium.plan, 2)
-    with pytest.raises(SecureAggregationError, match="for epoch 2, got another"):
-        phase.add(neighbour.client(J).setup(2))
+    theirs, ours = neighbour.advertised(2), consortium.advertised(2)
+    with pytest.raises(SecureAggregationError, match="a setup of 'site-2' for epoch 2, got another"):
+        ours.add(neighbour.client(J).setup(theirs.roster))
+    for one in theirs.roster.advertised:
+        for renamed in (one, dataclasses.replace(one, plan=consortium.plan.digest)):
+            with pytest.raises(SecureAggregationError, match="signed for epoch 2, got another"):
+                SetupPhase(consortium.plan, 2).advertise(renamed)
+    for roster in (theirs.roster, dataclasses.replace(theirs.roster, plan=consortium.plan.digest)):
+        with pytest.raises(SecureAggregationError, match="a roster of this site's plan|'site-0' signed for epoch 2"):
+            consortium.client(J).setup(roster)
     assert neighbour.plan.digest != consortium.plan.digest
 
 

@@ -7,21 +7,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medfed.errors import SecureAggregationError
+from privacy.secure_aggregation.client import SecureClient
 from privacy.secure_aggregation.codec import WireMessage
-from privacy.secure_aggregation.framing import number
 from privacy.secure_aggregation.identity import Identity, derived_key, shared_secret
 from privacy.secure_aggregation.masking import add_mask
 from privacy.secure_aggregation.masks import own_mask_key, pair_mask_key
 from privacy.secure_aggregation.messages import (
     Acceptance,
+    Advertised,
     Masked,
     OpenRequest,
     Relay,
     RelayedSetup,
+    Roster,
     RoundStart,
     Setup,
     SetupBody,
@@ -180,12 +184,15 @@ def tuples(one: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
 
 
 digest, signature = exactly(32), exactly(64)
-bodies = st.builds(SetupBody, name, digest, numbers_64, tuples(digest), tuples(digest), digest, tuples(digest))
+bodies = st.builds(SetupBody, name, digest, numbers_64, digest, tuples(digest), tuples(digest), tuples(digest))
+advertised = st.builds(Advertised, name, digest, numbers_64, digest, signature)
 starts = st.builds(RoundStart, digest, numbers_64, numbers_64, digest, digest, names)
 votes = st.builds(Vote, name, digest, signature)
 uploads = st.builds(Upload, name, digest, signature)
 MESSAGES: list[st.SearchStrategy[WireMessage]] = [
     bodies,
+    advertised,
+    st.builds(Roster, digest, numbers_64, tuples(advertised)),
     starts,
     votes,
     uploads,
@@ -197,7 +204,10 @@ MESSAGES: list[st.SearchStrategy[WireMessage]] = [
     st.builds(OpenRequest, starts, names, tuples(votes), tuples(uploads)),
     st.builds(Shares, name, digest, tuples(digest), signature),
 ]
-KINDS = (SetupBody, RoundStart, Vote, Upload, Setup, Relay, RelayedSetup, Acceptance, Masked, VoteRequest, OpenRequest, Shares)  # fmt: skip
+KINDS = (
+    Advertised, Roster, SetupBody, RoundStart, Vote, Upload, Setup, Relay, RelayedSetup, Acceptance, Masked,
+    VoteRequest, OpenRequest, Shares,
+)  # fmt: skip
 
 
 @given(st.one_of(MESSAGES))
@@ -232,12 +242,12 @@ def test_garbage_is_refused(data: bytes, kind: type[WireMessage]) -> None:
         return
 
 
-def test_known_answers_of_digests_keys_and_masks_have_not_changed() -> None:
+def test_known_answers_of_digests_keys_and_masks_have_not_changed(tmp_path: Path) -> None:
     """The vectors are computed from the standards alone: see tests/golden/secure_aggregation.py."""
     golden = json.loads(GOLDEN.read_text())
     identities = {site: Identity(bytes([place]) * 32) for place, site in enumerate(golden["members"])}
     members = tuple(identity.member(site) for site, identity in identities.items())
-    assert {one.site: [one.signing_key.hex(), one.box_key.hex()] for one in members} == golden["members"]
+    assert {one.site: one.signing_key.hex() for one in members} == golden["members"]
     plan = SecureAggregationPlan(
         study_digest=bytes(range(32)),
         scope="federated",
@@ -257,10 +267,22 @@ def test_known_answers_of_digests_keys_and_masks_have_not_changed() -> None:
     total = np.zeros(4, np.uint32)
     add_mask(total, own)
     assert total.tolist() == golden["own_mask"]
-    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-
     first, second = (X25519PrivateKey.from_private_bytes(bytes([64 + place]) * 32) for place in range(2))
     public = second.public_key().public_bytes_raw()
     assert pair_mask_key(first.private_bytes_raw(), public, round_id, "north", "east").hex() == golden["pair_mask_key"]
-    box = derived_key(shared_secret(first, public), "box", plan.digest, number(7), b"north", b"east")
+    roster = Roster.parse(bytes.fromhex(golden["roster"]))
+    assert roster.digest.hex() == golden["roster_digest"]
+    assert [one.box_key for one in roster.advertised][1] == public
+    for place, site in enumerate(plan.sites):
+        secrets = iter([bytes([64 + place]) * 32])
+        client = SecureClient(
+            site, identities[site], plan, tmp_path / site, random_bytes=lambda _, secrets=secrets: next(secrets)
+        )
+        assert client.advertise(7) == roster.advertised[place]
+    box = derived_key(shared_secret(first, public), "box", plan.digest, roster.digest, b"north", b"east")
     assert box.hex() == golden["box_key"]
+    nonce, sealed = bytes(12), ChaCha20Poly1305(box).encrypt(bytes(12), b"shares", None)
+    opener = SecureClient("east", identities["east"], plan, tmp_path / "none")
+    assert opener._cipher(second, roster.advertised[0].box_key, roster, "north", "east").decrypt(
+        nonce, sealed, None
+    ) == b"shares"  # fmt: skip
