@@ -246,3 +246,26 @@ def test_lost_journal_forgets_which_sites_were_agreed_to_as_the_page_says(
     simulate(study_file(study), out=tmp_path / "runs", workers=0, baselines=False)
     ((whole, rest),) = sums
     assert set(whole) - set(rest) == {"west"}
+
+
+def test_costs_are_what_the_commands_printed() -> None:
+    values: dict[str, float] = {}
+    for row in json.loads((ROOT / "docs/results/secagg.json").read_text())["rows"]:
+        assert row["holds"]
+        values.setdefault(row["name"], row["value"])
+    (table,) = re.findall(r"<!--results:secagg-->(.*?)<!--/results-->", PAGE, re.DOTALL)
+    rows = {row.split("|")[1].strip(): row for row in table.strip().splitlines()}
+    for sites in ("8", "32", "100"):
+        for what, digits in (("client", 1), ("server opens", 0)):
+            of = f"{sites} sites, 1 M: {what}"
+            flower, ours = (f"{1000 * values[f'{of}, {which}']:.0f}" for which in ("flwr", "medfed"))
+            assert f"{flower} -> {ours} ms ({values[f'{of}, flwr / medfed']:.{digits}f}x)" in rows[sites]
+        assert f"{values[f'{sites} sites, 1 M: upload, medfed / flwr']:.3f}" in rows[sites]
+    demo = json.loads((ROOT / "docs/results/secure-demo.json").read_text())
+    assert demo["largest_difference"] <= demo["quantisation_bound"]
+    for shown in (
+        f"{demo['largest_difference']:.1e}",
+        f"{demo['quantisation_bound']:.1e}",
+        f"{demo['num_parameters']:,}",
+    ):
+        assert shown in PAGE
