@@ -14,6 +14,9 @@ and removed when their round is over; a secret that is lost ends its epoch, and 
     epoch-<number>/<slot>.voted   marker: the round and the only survivors this site agreed to
     channel-<digest>              marker: the only survivors in any sum of this channel, in whatever slot
 
+A journal that is lost opens nothing that was masked before: its secrets are gone with it. But so is what this site
+agreed to: a sum of the same channel over other sites is then one honest site easier to get.
+
 Not defended: whoever restores an older copy of this folder brings back secrets without what was answered with
 them, so it belongs in no backup and no snapshot; and a disk that keeps what was overwritten (any SSD may).
 """
@@ -90,13 +93,16 @@ class Journal:
         Raises:
             SecureAggregationError: if it shared out some before.
         """
-        with _writing(self._epoch(epoch)):
+        path = self._epoch(epoch) / "dealt"
+        with _writing(path.parent):
             try:
-                _write_secret(self._epoch(epoch) / "dealt", secrets)
+                _write_secret(path, secrets)
             except FileExistsError:
                 raise SecureAggregationError(
                     f"Expected one setup of this site in epoch {epoch}, got asked again; begin a newer epoch."
                 ) from None
+            for made in (path, path.parent):
+                sync_folder(made)  # lost, others would be sealed under the same keys and nonces
 
     def dealt(self, epoch: int) -> bytes:
         """What :meth:`deal` kept.

@@ -410,7 +410,7 @@ def test_leaks_of_a_careless_site_are_found(
             options["metrics"] = {"loss": round(secrets.losses[-1], 4)}
         return make_reply(*arguments, **options)
 
-    make_reply = serve._reply
+    make_reply = serve.reply_to
     inner = private_trainer.add_gaussian
 
     def without_noise(sum_P: Tensor, **options: Any) -> Tensor:
@@ -418,8 +418,8 @@ def test_leaks_of_a_careless_site_are_found(
         return sum_P
 
     monkeypatch.setattr(private_round, "train_privately", careless_training)
-    monkeypatch.setattr(serve, "_reply", careless_reply)
-    monkeypatch.setattr(serve, "_weight", lambda study, cohort, site: len(cohort.train))
+    monkeypatch.setattr(serve, "reply_to", careless_reply)
+    monkeypatch.setattr(serve, "public_size", lambda study, cohort, site: len(cohort.train))
     monkeypatch.setattr(private_trainer, "add_gaussian", without_noise)
     watched = watch()
     leaks = watched.leaks()

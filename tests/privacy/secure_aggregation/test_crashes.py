@@ -274,6 +274,22 @@ def test_of_processes_that_open_different_sums_at_most_one_answers(consortium: A
         assert len(set(answers)) <= 1  # the same one may be given twice
 
 
+def test_setup_is_durable_before_it_is_made_known(
+    make_consortium: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut that left the private key alone would let other secrets be sealed under the same keys and nonces."""
+    consortium = make_consortium()
+    roster, synced, fsync = consortium.advertised(1).roster, [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    consortium.client(SITE).setup(roster)
+    assert synced == ["dealt", "epoch-1"]
+
+
 @pytest.mark.process
 def test_of_processes_that_set_up_at_once_one_answers(make_consortium: Callable[..., Any]) -> None:
     consortium = make_consortium()

@@ -274,9 +274,8 @@ def test_known_answers_of_digests_keys_and_masks_have_not_changed(tmp_path: Path
     assert roster.digest.hex() == golden["roster_digest"]
     assert [one.box_key for one in roster.advertised][1] == public
     for place, site in enumerate(plan.sites):
-        secrets = iter([bytes([64 + place]) * 32])
         client = SecureClient(
-            site, identities[site], plan, tmp_path / site, random_bytes=lambda _, secrets=secrets: next(secrets)
+            site, identities[site], plan, tmp_path / site, random_bytes=lambda _, place=place: bytes([64 + place]) * 32
         )
         assert client.advertise(7) == roster.advertised[place]
     box = derived_key(shared_secret(first, public), "box", plan.digest, roster.digest, b"north", b"east")
