@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from medfed.study import StrategyConfig, StudyConfig, read_study
+from medfed.study import StudyConfig, read_study
+from medfed.study_sections import StrategyConfig
 from server import rounds
 from server.checkpoint import Checkpoint
 from simulation.bench.rows import this_machine

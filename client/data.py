@@ -34,7 +34,7 @@ from torch import Tensor
 from medfed.canonical import canonical_bytes, sha256_hex
 from medfed.errors import DataError
 from medfed.models.pixels import PixelSpec
-from medfed.study import ClassificationConfig, SegmentationConfig
+from medfed.study_sections import ClassificationConfig, SegmentationConfig
 from medfed.tasks.segmentation import annotate
 
 Split = Literal["train", "test"]

@@ -25,7 +25,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medfed.errors import PolicyError, SiteError
-from medfed.study import Digest, StudyConfig
+from medfed.study import StudyConfig
+from medfed.study_sections import Digest
 from privacy.ledger_entry import Cap
 
 

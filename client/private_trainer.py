@@ -26,7 +26,8 @@ from client.data import Item
 from client.features import FeatureCache
 from client.trainer import encoded, held_elements, optimizer_step, put_back, trained_vector
 from medfed.models.adapted import AdaptedModel
-from medfed.study import StudyConfig, TrainingConfig
+from medfed.study import StudyConfig
+from medfed.study_sections import TrainingConfig
 from medfed.tasks import Task
 from privacy.clipping import ClippedSum, PatientSum
 from privacy.integer_clipping import IntegerClippedSum

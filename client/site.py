@@ -21,7 +21,8 @@ from client.policy import SitePolicy
 from medfed.device import DeviceChoice, choose_device, prepare_cpu
 from medfed.errors import PolicyError, StudyError
 from medfed.models.pixels import PixelSpec
-from medfed.study import Name, StudyConfig
+from medfed.study import StudyConfig
+from medfed.study_sections import Name
 from privacy.ledger import PrivacyLedger
 from privacy.ledger_key import read_key
 from privacy.randomness import RandomStream

@@ -14,7 +14,7 @@ from client.features import FeatureCache, as_three_channels
 from medfed.device import mixed_precision
 from medfed.errors import AdapterMismatchError, DivergedError
 from medfed.models.adapted import AdaptedModel
-from medfed.study import TrainingConfig
+from medfed.study_sections import TrainingConfig
 from medfed.tasks import Task
 
 

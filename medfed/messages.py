@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medfed.errors import MedfedError, MessageError
-from medfed.study import Digest, Name
+from medfed.study_sections import Digest, Name
 
 RECORD_KEY = "medfed"
 """The only record in a message of ours."""

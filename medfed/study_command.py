@@ -19,7 +19,8 @@ def validate(
 ) -> None:
     """Check every key and value, the backbone's digest and the paths; say what the study is."""
     from medfed.models.registry import backbone_of
-    from medfed.study import LoraAdapterConfig, read_study
+    from medfed.study import read_study
+    from medfed.study_sections import LoraAdapterConfig
 
     config = read_study(study)
     backbone = backbone_of(config.backbone)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from medfed.canonical import canonical_bytes
 from medfed.errors import PrivacyError
-from medfed.study import Digest
+from medfed.study_sections import Digest
 from privacy.accounting import Mechanism
 from privacy.skellam_accounting import SkellamMechanism
 

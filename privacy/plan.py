@@ -14,7 +14,8 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from medfed.errors import PrivacyError
-from medfed.study import PrivacyConfig, StudyConfig
+from medfed.study import StudyConfig
+from medfed.study_sections import PrivacyConfig
 from privacy.accounting import (
     Epsilon,
     Mechanism,

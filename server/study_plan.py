@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict
 from medfed.consortium import Quorum
 from medfed.errors import PrivacyError, SecureAggregationError
 from medfed.payload import HEADER_BYTES
-from medfed.study import PrivacyConfig, StudyConfig
+from medfed.study import StudyConfig
+from medfed.study_sections import PrivacyConfig
 from privacy.plan import PrivacyPlan, calibrated
 from privacy.secure_aggregation.framing import number
 from privacy.secure_aggregation.messages import (

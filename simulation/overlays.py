@@ -24,7 +24,8 @@ from client.data import Item
 from client.site import Site
 from medfed.models.adapted import AdaptedModel
 from medfed.models.pixels import PixelSpec
-from medfed.study import POOLED_SITE, ClassificationConfig, SegmentationConfig, SiteConfig, StudyConfig
+from medfed.study import POOLED_SITE, StudyConfig
+from medfed.study_sections import ClassificationConfig, SegmentationConfig, SiteConfig
 from medfed.tasks.segmentation import SegmentationAnnotation, SegmentationTask, dice_score
 from server.checkpoint import write_durably
 

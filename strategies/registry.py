@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from medfed.errors import StudyError
-from medfed.study import StrategyConfig
+from medfed.study_sections import StrategyConfig
 from strategies.fedit import FedIT
 from strategies.strategy import Strategy
 

@@ -19,7 +19,8 @@ from medfed.errors import StudyError
 from medfed.models.pixels import PixelSpec
 from medfed.models.registry import Backbone, backbone_of
 from medfed.models.staged import count_frozen_stages
-from medfed.study import LoraAdapterConfig, StudyConfig
+from medfed.study import StudyConfig
+from medfed.study_sections import LoraAdapterConfig
 
 
 class AdaptedModel:

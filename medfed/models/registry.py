@@ -12,7 +12,7 @@ from torch import nn
 from medfed.errors import StudyError, WeightsError
 from medfed.models.pixels import PixelSpec
 from medfed.models.weights import LITE_MEDSAM, VIT_S_FOCUS, WeightsFile, load_state_dict, locate
-from medfed.study import BackboneConfig, ClassificationConfig, SegmentationConfig
+from medfed.study_sections import BackboneConfig, ClassificationConfig, SegmentationConfig
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a model is adapted for: losses and metrics, one file per task family."""
 
-from medfed.study import ClassificationConfig, SegmentationConfig
+from medfed.study_sections import ClassificationConfig, SegmentationConfig
 from medfed.tasks.classification import ClassificationTask
 from medfed.tasks.segmentation import SegmentationTask
 from medfed.tasks.task import Task

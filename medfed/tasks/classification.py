@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medfed.models.adapted import AdaptedModel
-from medfed.study import ClassificationConfig
+from medfed.study_sections import ClassificationConfig
 from medfed.tasks.task import Task
 
 

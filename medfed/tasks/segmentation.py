@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from medfed.models.adapted import AdaptedModel
-from medfed.study import SegmentationConfig
+from medfed.study_sections import SegmentationConfig
 from medfed.tasks.task import Task
 
 MIN_STRUCTURE_AREA_PX = 16

@@ -31,7 +31,8 @@ from medfed.device import prepare_cpu
 from medfed.models.adapted import AdaptedModel
 from medfed.models.registry import backbone_of, register_backbone
 from medfed.models.weights import VIT_S_FOCUS
-from medfed.study import BackboneConfig, ClassificationConfig, SegmentationConfig, StudyConfig
+from medfed.study import StudyConfig
+from medfed.study_sections import BackboneConfig, ClassificationConfig, SegmentationConfig
 from medfed.tasks import task_of
 from privacy.clipping import ClippedSum
 from privacy.noise import add_gaussian

@@ -15,7 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from client.data import load_cohort, preprocess, refuse_shared_patients
 from medfed.errors import DataError
 from medfed.models.pixels import PixelSpec
-from medfed.study import ClassificationConfig, SegmentationConfig
+from medfed.study_sections import ClassificationConfig, SegmentationConfig
 
 TASK = SegmentationConfig(kind="segmentation", classes=("near", "far"))
 PIXELS = PixelSpec(image_size=64)

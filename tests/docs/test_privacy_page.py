@@ -5,7 +5,8 @@ import re
 import tomllib
 from pathlib import Path
 
-from medfed.study import PrivacyConfig, StudyConfig
+from medfed.study import StudyConfig
+from medfed.study_sections import PrivacyConfig
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/privacy.md").read_text()

@@ -11,7 +11,8 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 
 from medfed.errors import PrivacyError
-from medfed.study import PrivacyConfig, StudyConfig
+from medfed.study import StudyConfig
+from medfed.study_sections import PrivacyConfig
 from privacy import plan as plan_module
 from privacy.accounting import Epsilon, Mechanism, epsilon_spent
 from privacy.plan import NOISE_STD_INTEGER, PrivacyPlan, calibrated

@@ -139,7 +139,7 @@ def test_adapter_is_that_of_the_plain_sum_to_the_quantisation_bound(
 
 
 def _fedit_phase() -> Any:
-    from medfed.study import StrategyConfig
+    from medfed.study_sections import StrategyConfig
     from strategies.registry import strategy_of
 
     return strategy_of(StrategyConfig()).plan(1)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from medfed.errors import PrivacyError, SecureAggregationError
 from medfed.models.adapted import resolve
-from medfed.study import StrategyConfig, StudyConfig
+from medfed.study import StudyConfig
+from medfed.study_sections import StrategyConfig
 from privacy.plan import PrivacyPlan
 from strategies.registry import strategy_of
 from strategies.secure_channel import METRIC_BOUND, SecureChannel

@@ -82,7 +82,7 @@ def test_fedit_moves_the_global_adapter_to_the_mean_of_the_sites() -> None:
 
 def test_unknown_strategy_names_the_known_ones() -> None:
     from medfed.errors import StudyError
-    from medfed.study import StrategyConfig
+    from medfed.study_sections import StrategyConfig
     from strategies.registry import strategy_of
 
     with pytest.raises(StudyError, match="fedit"):
