@@ -26,13 +26,30 @@ def replace_durably(path: Path, data: bytes, *, mode: int) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    _write_new(partial, data, mode)
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def create_durably(path: Path, data: bytes, *, mode: int) -> None:
+    """Make a file that was not there. Durable when it returns; a crash before may leave it empty or cut short.
+
+    Of any number of processes exactly one makes it.
+
+    Raises:
+        FileExistsError: if it is there; it is left as it is.
+        OSError: if the operating system refuses.
+    """
+    _write_new(path, data, mode)
+    sync_folder(path.parent)
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

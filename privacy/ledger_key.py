@@ -10,7 +10,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from medfed.durable_file import make_private_folder, sync_folder
+from medfed.durable_file import create_durably, make_private_folder
 from medfed.errors import SiteError
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
@@ -29,22 +29,13 @@ def create_key(path: Path) -> Ed25519PrivateKey:
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     try:
         make_private_folder(path.parent)
-        _write_new(path, pem)
+        try:
+            create_durably(path, pem, mode=0o600)
+        except FileExistsError:
+            raise SiteError(f"Expected no key at {path} yet, got one; use it, or name another place.") from None
     except OSError as error:
         raise SiteError(f"Expected to write a new key to {path}, got: {error}; mend it and try again.") from None
     return key
-
-
-def _write_new(path: Path, pem: bytes) -> None:
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise SiteError(f"Expected no key at {path} yet, got one; use it, or name another place.") from None
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
 
 
 def read_key(path: Path) -> Ed25519PrivateKey:

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from medfed.durable_file import make_private_folder, sync_folder
+from medfed.durable_file import create_durably, make_private_folder
 from medfed.errors import SecureAggregationError, SiteError
 from privacy.secure_aggregation.framing import labelled
 
@@ -124,14 +124,10 @@ def create_identity(path: Path) -> Identity:
     secret = os.urandom(SECRET_BYTES)
     try:
         make_private_folder(path.parent)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secret)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(path.parent)
-    except FileExistsError:
-        raise SiteError(f"Expected no identity at {path} yet, got one; use it, or name another place.") from None
+        try:
+            create_durably(path, secret, mode=0o600)
+        except FileExistsError:
+            raise SiteError(f"Expected no identity at {path} yet, got one; use it, or name another place.") from None
     except OSError as error:
         raise SiteError(f"Expected to write an identity to {path}, got: {error}; mend it and try again.") from None
     return Identity(secret)

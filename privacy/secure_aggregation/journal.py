@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from medfed.durable_file import make_private_folder, sync_folder
+from medfed.durable_file import create_durably, make_private_folder, sync_folder
 from medfed.errors import SecureAggregationError, SiteError
 
 _CHECKSUM_BYTES = 32
@@ -215,16 +215,11 @@ class Journal:
 def _mark(path: Path, content: bytes) -> bool:
     """Make a file that was not there, durably; False if it was."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        create_durably(path, content, mode=0o600)
     except FileExistsError:
         for made in (path, path.parent):
             sync_folder(made)  # whoever made it may have died before that, and the same answer may be given again
         return False
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
     return True
 
 
