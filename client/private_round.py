@@ -15,35 +15,34 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from client.private_trainer import checked_engine, clipped_integers, train_privately, units_of
+from client.round_start import RoundStart
 from client.secure_round import MaskedRound
 from client.site import Site
 from medfed.canonical import canonical_bytes, sha256_hex
 from medfed.errors import PrivacyError
 from medfed.messages import RoundInstruction
 from medfed.models.adapted import AdaptedModel
-from medfed.payload import decode_adapter, encode_adapter
 from medfed.study import StudyConfig
 from medfed.tasks import task_of
 from privacy.ledger_entry import Charge
 from privacy.per_sample.engine import Engine
 from privacy.plan import PrivacyPlan
 from strategies.secure_channel import SecureChannel
-from strategies.strategy import Phase
+from strategies.subspace import Subspace
 
 _log = logging.getLogger("medfed.client.private_round")
 
 
 def private_reply(
-    instruction: RoundInstruction, adapter: bytes, study: StudyConfig, model: AdaptedModel, phase: Phase, site: Site
+    instruction: RoundInstruction, start: RoundStart, study: StudyConfig, model: AdaptedModel, site: Site
 ) -> bytes:
     """The payload of the site's update for this round, private as the study's ``[privacy]`` section says.
 
     Args:
         instruction: what was asked.
-        adapter: the payload that came with it: the global adapter.
+        start: what the round begins with.
         study: resolved and approved, with a privacy section.
-        model: of the study.
-        phase: what trains and what travels.
+        model: of the study; with the round's base weights.
         site: whose ledger pays.
 
     Raises:
@@ -53,32 +52,30 @@ def private_reply(
         MedfedError: for whatever goes wrong in training; the round is spent.
     """
     assert study.privacy is not None
-    manifest = study.resolved_manifest
-    start_P = decode_adapter(adapter, manifest)
     plan = PrivacyPlan.of_study(study).alone
     if not plan.is_private:
-        after_P, _ = _trained(instruction, start_P, study, model, engine_for(study, model, phase, site), site, plan)
-        return _payload(phase, study, start_P, after_P)
+        engine = engine_for(study, model, start.phase.trainable, site)
+        after_P, _ = _trained(instruction, start, study, model, engine, site, plan)
+        return _remembered(instruction, start, study, site, after_P, plan)
 
     cohort, ledger = site.cohort_name(instruction.scope), site.ledger
-    request = sha256_hex(canonical_bytes([study.digest, instruction.scope, instruction.round, sha256_hex(adapter)]))
+    request = sha256_hex(canonical_bytes([study.digest, instruction.scope, instruction.round, start.digest.hex()]))
     if (stored := ledger.stored_reply(cohort, request)) is not None:
         _log.info("event=sent_again round=%d", instruction.round)
         return stored
-    engine = engine_for(study, model, phase, site)
+    engine = engine_for(study, model, start.phase.trainable, site)
     with _charged(instruction, study, plan, request, site) as kept:
-        after_P, facts = _trained(instruction, start_P, study, model, engine, site, plan)
-        payload = _payload(phase, study, start_P, after_P)
+        after_P, facts = _trained(instruction, start, study, model, engine, site, plan)
+        payload = _remembered(instruction, start, study, site, after_P, plan)
         kept(payload, facts)
     return payload
 
 
 def shared_noise_reply(
     instruction: RoundInstruction,
-    adapter: bytes,
+    start: RoundStart,
     study: StudyConfig,
     model: AdaptedModel,
-    phase: Phase,
     site: Site,
     channel: SecureChannel,
     masked: MaskedRound,
@@ -90,26 +87,25 @@ def shared_noise_reply(
 
     Args:
         instruction: what was asked.
-        adapter: the payload that came with it: the global adapter.
+        start: what the round begins with; the mean change must be all that its phase tells.
         study: resolved and approved, with trust ``consortium``.
-        model: of the study.
-        phase: what trains; its one statistic must be linear in the gradient.
+        model: of the study; with the round's base weights.
         site: whose ledger pays.
         channel: of the round.
         masked: of the round; has passed the site's checks.
 
     Raises:
-        PrivacyError: if the phase's statistics are no plain differences of adapters; nothing was spent.
+        PrivacyError: if the phase tells more, or less, than the mean change; nothing was spent.
         MedfedError: as :func:`private_reply`.
     """
-    manifest = study.resolved_manifest
-    if len(phase.stats) != 1 or not phase.stats[0].elementwise:
+    trainable = start.phase.trainable
+    if not start.phase.is_mean_delta:
         raise PrivacyError(
-            "Expected a strategy that averages adapter deltas with trust 'consortium', got another: shared noise is "
-            "proven for sums of clipped gradients; set strategy.name = 'fedit' or trust = 'site'."
+            "Expected a strategy of which the mean change is all that travels with trust 'consortium', got another: "
+            "shared noise is proven for sums of clipped gradients; change [strategy], or set trust = 'site'."
         )
     plan = PrivacyPlan.of_study(study)
-    engine = engine_for(study, model, phase, site)
+    engine = engine_for(study, model, trainable, site)
     request, _ = sha256_hex(masked.id), channel.room  # that a gradient fits is made sure of before the charge
     with _charged(instruction, study, plan, request, site) as kept:
         result = clipped_integers(
@@ -119,14 +115,25 @@ def shared_noise_reply(
             study.training,
             plan,
             engine=engine,
-            start_P=decode_adapter(adapter, manifest),
+            trainable=trainable,
+            start_P=start.adapter_P,
             fitting=channel.fitting,
             features=site.features,
             stream=site.random_stream(instruction.scope, instruction.round),
         )
-        reply = masked.masked(channel.noised(result.integers_P))
+        reply = masked.masked(channel.noised(result.integers_Z))
         kept(sha256_hex(reply).encode(), result.facts)  # a receipt: the vector itself is never sent twice
     return reply
+
+
+def _remembered(
+    instruction: RoundInstruction, start: RoundStart, study: StudyConfig, site: Site, after_P: Tensor, plan: PrivacyPlan
+) -> bytes:
+    """The payload of a result, once the site remembers what it keeps of it; both come from noised steps alone."""
+    result = start.result(after_P, plan.steps_per_round)
+    if start.strategy.remembers_at_sites:
+        site.memory(study, instruction.scope).remember(instruction.round, start.remembered(after_P, result))
+    return start.payload(result)
 
 
 @contextmanager
@@ -169,8 +176,8 @@ def _charged(
         raise
 
 
-def engine_for(study: StudyConfig, model: AdaptedModel, phase: Phase, site: Site) -> Engine:
-    """The engine that passed its self-check on this site's model, for what the phase trains.
+def engine_for(study: StudyConfig, model: AdaptedModel, trainable: Subspace, site: Site) -> Engine:
+    """The engine that passed its self-check on this site's model, for what trains.
 
     Raises:
         EngineError: if per-patient gradients cannot be right here.
@@ -180,7 +187,7 @@ def engine_for(study: StudyConfig, model: AdaptedModel, phase: Phase, site: Site
         model,
         task_of(study.task),
         study,
-        trainable=phase.trainable,
+        trainable=trainable,
         example=items[0],
         features=site.features,
     )
@@ -188,7 +195,7 @@ def engine_for(study: StudyConfig, model: AdaptedModel, phase: Phase, site: Site
 
 def _trained(
     instruction: RoundInstruction,
-    start_P: Tensor,
+    start: RoundStart,
     study: StudyConfig,
     model: AdaptedModel,
     engine: Engine,
@@ -204,14 +211,11 @@ def _trained(
         study.training,
         plan,
         engine=engine,
-        start_P=start_P,
+        trainable=start.phase.trainable,
+        start_P=start.adapter_P,
         declared_units=declared,
         features=site.features,
         stream=site.random_stream(instruction.scope, instruction.round),
+        pull=start.pull,
     )
     return result.adapter_P, result.facts
-
-
-def _payload(phase: Phase, study: StudyConfig, start_P: Tensor, after_P: Tensor) -> bytes:
-    manifest = study.resolved_manifest
-    return encode_adapter(phase.upload_vector(manifest, start_P, after_P), phase.upload_manifest(manifest))

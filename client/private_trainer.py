@@ -7,7 +7,8 @@ to have. A step that drew nobody is a step like any other.
 What is drawn, how many, and how large gradients are never leaves this file except as the result's facts, which
 are for the hospital's own ledger.
 
-Legend: B samples (views of images) at a time, P adapter parameters.
+Legend: B samples (views of images) at a time, P adapter parameters, Q those of the tensors of which something trains,
+Z coordinates of what trains.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from client.data import Item
 from client.features import FeatureCache
-from client.trainer import encoded, held_elements, optimizer_step, put_back, trained_vector
+from client.subspace_steps import Pull, SubspaceSteps
+from client.trainer import encoded, trained_vector
 from medfed.models.adapted import AdaptedModel
 from medfed.study import StudyConfig
 from medfed.study_sections import TrainingConfig
@@ -38,6 +40,7 @@ from privacy.plan import PrivacyPlan
 from privacy.randomness import RandomStream
 from privacy.sampling import draw_images, draw_patients
 from privacy.skellam import add_skellam
+from strategies.subspace import Subspace
 
 Unit = Sequence[Item]
 """All training images of one patient, or one image where the unit is a record."""
@@ -61,12 +64,12 @@ class SharedNoiseResult:
     """A site's part of a sum that carries the noise of all sites (trust ``consortium``).
 
     Attributes:
-        integers_P: clipped sum of one step and this site's share of noise, int64, in units of C / D2; zero where
-            nothing trains. Not private by itself: it may leave the site under masks only.
+        integers_Z: clipped sum of one step and this site's share of noise, int64, in units of C / D2. Not private
+            by itself: it may leave the site under masks only.
         facts: as of :class:`PrivateTrainResult`, beside the site's own share of the noise.
     """
 
-    integers_P: NDArray[np.int64]
+    integers_Z: NDArray[np.int64]
     facts: dict[str, float]
 
 
@@ -95,10 +98,12 @@ def train_privately(
     plan: PrivacyPlan,
     *,
     engine: Engine,
+    trainable: Subspace,
     start_P: Tensor,
     declared_units: int,
     features: FeatureCache,
     stream: RandomStream,
+    pull: Pull | None = None,
 ) -> PrivateTrainResult:
     """One round's steps on the units of a site, starting from ``start_P``.
 
@@ -112,11 +117,13 @@ def train_privately(
         units: from :func:`units_of`.
         config: optimiser, learning rate, augmentation, and how many images are computed at a time.
         plan: of the study; the caller has reserved its steps.
-        engine: passed the self-check, on the adapter parameters that train; the others stay as in ``start_P``.
+        engine: passed the self-check, on the tensors of which something trains.
+        trainable: what trains; a patient's gradient is clipped, and noised, as one vector of its coordinates.
         start_P: the global adapter.
         declared_units: public number of units; the expected step size is the sampling rate times this.
         features: of the site.
         stream: where draws and noise come from.
+        pull: added to each gradient after clipping and noise; must not look at a patient.
 
     Raises:
         AdapterMismatchError: if ``start_P`` does not fit.
@@ -125,23 +132,18 @@ def train_privately(
     """
     model.load(start_P)
     model.train()
-    step = optimizer_step(model.flat, config)
-    gradient_P = model.flat.grad
-    assert gradient_P is not None
-    held_P = held_elements(model, engine.parameters.__contains__)
-    trained_P = slice(None) if held_P is None else ~held_P
+    steps = SubspaceSteps(model, trainable, config, pull)
     sums: list[PatientSum] = []
     for _ in range(plan.steps_per_round):
-        clipped = _clipped_sum(_drawn(units, plan, stream), model, task, config, plan, engine, features, stream)
+        samples = _drawn(units, plan, stream)
+        clipped = _clipped_sum(samples, model, task, config, plan, engine, trainable, features, stream)
         sums.append(clipped)
-        released_P = clipped.sum_P
+        released_Z = clipped.sum_P
         if plan.is_private:
-            released_P = add_gaussian(released_P, noise_std=plan.noise_std, stream=stream)
-        gradient_P.zero_()
-        gradient_P[trained_P] = (released_P / (plan.sampling_rate * declared_units)).to(gradient_P)
-        step()
-        put_back(model, start_P, held_P)
-    return PrivateTrainResult(adapter_P=trained_vector(model), facts=_facts(sums, plan, engine.num_parameters))
+            released_Z = add_gaussian(released_Z, noise_std=plan.noise_std, stream=stream)
+        steps.step_along((released_Z / (plan.sampling_rate * declared_units)).to(model.flat))
+    facts = _facts(sums, plan, trainable.manifest.num_elements)
+    return PrivateTrainResult(adapter_P=trained_vector(model), facts=facts)
 
 
 def clipped_integers(
@@ -152,6 +154,7 @@ def clipped_integers(
     plan: PrivacyPlan,
     *,
     engine: Engine,
+    trainable: Subspace,
     start_P: Tensor,
     fitting: Callable[[NDArray[np.int64]], NDArray[np.int64]],
     features: FeatureCache,
@@ -170,6 +173,7 @@ def clipped_integers(
         config: augmentation, and how many images are computed at a time.
         plan: of the study, with trust ``consortium``; the caller has reserved the step.
         engine: as for :func:`train_privately`.
+        trainable: likewise.
         start_P: the global adapter.
         fitting: cuts a clipped sum to the range of the secure sum; must not move two sums further apart.
         features: of the site.
@@ -181,13 +185,11 @@ def clipped_integers(
     """
     model.load(start_P)
     model.train()
-    clipped = _clipped_sum(_drawn(units, plan, stream), model, task, config, plan, engine, features, stream)
-    held_P = held_elements(model, engine.parameters.__contains__)
-    integers_P = np.zeros(start_P.numel(), dtype=np.int64)
-    fitted_P = torch.from_numpy(fitting(clipped.sum_P.numpy()))
-    noised_P = add_skellam(fitted_P, variance=plan.share_variance, stream=stream)
-    integers_P[slice(None) if held_P is None else ~held_P.cpu().numpy()] = noised_P.numpy()
-    return SharedNoiseResult(integers_P, _facts([clipped], plan, engine.num_parameters))
+    samples = _drawn(units, plan, stream)
+    clipped = _clipped_sum(samples, model, task, config, plan, engine, trainable, features, stream)
+    fitted_Z = torch.from_numpy(fitting(clipped.sum_P.numpy()))
+    integers_Z = add_skellam(fitted_Z, variance=plan.share_variance, stream=stream).numpy()
+    return SharedNoiseResult(integers_Z, _facts([clipped], plan, trainable.manifest.num_elements))
 
 
 def _drawn(units: Sequence[Unit], plan: PrivacyPlan, stream: RandomStream) -> list[_Sample]:
@@ -208,10 +210,11 @@ def _clipped_sum(
     config: TrainingConfig,
     plan: PrivacyPlan,
     engine: Engine,
+    trainable: Subspace,
     features: FeatureCache,
     stream: RandomStream,
 ) -> PatientSum:
-    total = _open_sum(model, plan, engine, stream)
+    total = _open_sum(model, plan, trainable, stream)
     # One generator for the step: views, and what the stream gives afterwards, do not depend on the micro-batches.
     generator = torch.Generator().manual_seed(int(stream.below(2**62, 1)[0]))
     for start in range(0, len(samples), config.batch_size):
@@ -219,21 +222,19 @@ def _clipped_sum(
         items = [sample.item for sample in batch]
         inputs = encoded(items, model, config, features, generator)
         targets = task.stack([item.annotation for item in items], model.device)
-        gradients_BP, _ = engine.gradients((inputs, targets))
-        total.add(gradients_BP, [sample.unit for sample in batch], [sample.weight for sample in batch])
+        gradients_BQ, _ = engine.gradients((inputs, targets))
+        gradients_BZ = trainable.coordinates_of_support(gradients_BQ)
+        total.add(gradients_BZ, [sample.unit for sample in batch], [sample.weight for sample in batch])
     return total.close()
 
 
-def _open_sum(model: AdaptedModel, plan: PrivacyPlan, engine: Engine, stream: RandomStream) -> ClippedSum:
+def _open_sum(model: AdaptedModel, plan: PrivacyPlan, trainable: Subspace, stream: RandomStream) -> ClippedSum:
     """An empty sum, of integers if they are to be summed under masks."""
-
-    def names(element: int) -> str:
-        return model.manifest.subset(engine.parameters.__contains__).name_at(element)
-
+    names, num_coordinates = trainable.manifest.name_at, trainable.manifest.num_elements
     if plan.trust != "consortium":
-        return ClippedSum(engine.num_parameters, clip_norm=plan.clip_norm, device=model.device, names=names)
+        return ClippedSum(num_coordinates, clip_norm=plan.clip_norm, device=model.device, names=names)
     return IntegerClippedSum(
-        engine.num_parameters,
+        num_coordinates,
         clip_norm=plan.clip_norm,
         l2_bound=plan.l2_bound,
         stream=stream,
@@ -267,17 +268,17 @@ def checked_engine(
     task: Task,
     study: StudyConfig,
     *,
-    trainable: Callable[[str], bool],
+    trainable: Subspace,
     example: Item,
     features: FeatureCache,
 ) -> Engine:
-    """The engine for a study's adapter tensors that ``trainable`` accepts; its self-check passed in this process.
+    """The engine for the tensors of which something trains; its self-check passed in this process.
 
     Args:
         model: of the study.
         task: its losses.
         study: resolved, with a privacy section.
-        trainable: which tensors train.
+        trainable: what trains.
         example: any image; its sizes are used and nothing else of it.
         features: of the site.
 
@@ -285,11 +286,12 @@ def checked_engine(
         EngineError: if no engine is right for this model; then nothing may train and nothing is spent.
     """
     assert study.privacy is not None
-    parameters = {name: parameter for name, parameter in model.trainable.items() if trainable(name)}
+    parameters = {name: parameter for name, parameter in model.trainable.items() if name in trainable.parts}
     key = (model, study.digest, tuple(parameters))
     with _choosing:
         if key not in _engines:
-            _engines.clear()  # a process works for one study and one phase at a time
+            for other in [other for other in _engines if other[:2] != key[:2]]:
+                del _engines[other]  # a process works for one study at a time
             sizes = encoded([example], model, study.training, features, torch.Generator()).shape[1:]
 
             def made_up(num_samples: int) -> Batch:

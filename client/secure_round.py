@@ -13,13 +13,12 @@ study that its hospital approved; the server's word counts for the order of thin
 
 from __future__ import annotations
 
-import hashlib
 import logging
 
 from client.request import approved_study, reply_to
 from client.site import Site
 from medfed.errors import SecureAggregationError
-from medfed.messages import Fields, RoundInstruction, bytes_field
+from medfed.messages import Fields, RoundInstruction, bytes_field, model_digest
 from medfed.study import FEDERATED, StudyConfig
 from privacy.secure_aggregation.client import SecureClient
 from privacy.secure_aggregation.encoding import Ring
@@ -87,7 +86,10 @@ class MaskedRound:
     def __init__(self, study: StudyConfig, scope: str, channel: SecureChannel, fields: Fields, site: Site) -> None:
         self._client = site.secure_client(SecureAggregationPlan.of_study(study, scope))
         self._start = RoundStart.parse(bytes_field(fields, "secure"))
-        self._agreed = {"channel": channel.digest, "model": hashlib.sha256(bytes_field(fields, "adapter")).digest()}
+        self._agreed = {
+            "channel": channel.digest,
+            "model": model_digest(bytes_field(fields, "adapter"), bytes_field(fields, "broadcast")),
+        }
         self._client.check_start(self._start, **self._agreed)
 
     @property

@@ -7,27 +7,22 @@ of Flower; :mod:`client.app` connects them to it.
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
 
-import torch
-from torch import Tensor
-
+from client.plain_round import plain_reply
 from client.private_round import engine_for, private_reply, shared_noise_reply
 from client.request import checked_cohort, public_size, reply_to, study_and_model
+from client.round_start import RoundStart, begin_round, evaluated_state
 from client.secure_round import MaskedRound
 from client.site import Site
-from client.trainer import evaluate_locally, train_locally
-from medfed.adapter_manifest import AdapterManifest
-from medfed.canonical import derive_seed
+from client.trainer import evaluate_locally
 from medfed.errors import MessageError, PolicyError
-from medfed.messages import Fields, RoundInstruction, bytes_field
+from medfed.messages import Fields, RoundInstruction
 from medfed.models.adapted import AdaptedModel
-from medfed.payload import decode_adapter, encode_adapter
+from medfed.payload import decode_adapter
 from medfed.study import StudyConfig
 from medfed.tasks import task_of
 from strategies.registry import strategy_of
 from strategies.secure_channel import SecureChannel
-from strategies.strategy import Phase
 
 _log = logging.getLogger("medfed.client.serve")
 
@@ -45,7 +40,7 @@ def describe(instruction: RoundInstruction, fields: Fields, site: Site) -> Field
     for item in cohort.test:
         site.features.features_of(item, model)
     if study.privacy is not None:
-        engine_for(study, model, strategy_of(study.strategy).plan(1), site)
+        engine_for(study, model, strategy_of(study, instruction.scope).plan(1).trainable, site)
     return reply_to(instruction, site, num_examples=public_size(study, cohort, site)).to_fields()
 
 
@@ -58,61 +53,44 @@ def train(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
         raise MessageError("Expected a round from 1 on to train for, got 0.")
     study, model = study_and_model(instruction, fields, site)
     cohort = checked_cohort(study, model, site)
-    phase = strategy_of(study.strategy).plan(instruction.round)
-    adapter, size = bytes_field(fields, "adapter"), public_size(study, cohort, site)
+    start = begin_round(instruction, fields, study, model, site)
+    size = public_size(study, cohort, site)
     if study.sums_securely_in(instruction.scope):
-        masked = _masked_update(instruction, fields, study, model, phase, site)
+        masked = _masked_update(instruction, fields, study, model, start, site)
         _log.info("event=trained round=%d payload_bytes=%d", instruction.round, len(masked))
         return reply_to(instruction, site, num_examples=size).to_fields(secure=masked)
-    payload, metrics = _update(instruction, adapter, study, model, phase, site)
+    payload, metrics = _update(instruction, study, model, start, site)
     _log.info("event=trained round=%d payload_bytes=%d", instruction.round, len(payload))
     return reply_to(instruction, site, num_examples=size, metrics=metrics).to_fields(adapter=payload)
 
 
 def _masked_update(
-    instruction: RoundInstruction, fields: Fields, study: StudyConfig, model: AdaptedModel, phase: Phase, site: Site
+    instruction: RoundInstruction,
+    fields: Fields,
+    study: StudyConfig,
+    model: AdaptedModel,
+    start: RoundStart,
+    site: Site,
 ) -> bytes:
     """The site's update and loss under masks: all that is told of a round with secure aggregation."""
-    channel = SecureChannel.training(study, instruction.round, phase)
+    channel = SecureChannel.training(study, instruction.round, start.phase)
     masked = MaskedRound(study, instruction.scope, channel, fields, site)
-    adapter = bytes_field(fields, "adapter")
     if study.privacy is not None and study.privacy.trust == "consortium":
-        return shared_noise_reply(instruction, adapter, study, model, phase, site, channel, masked)
-    payload, metrics = _update(instruction, adapter, study, model, phase, site)
-    update_P = decode_adapter(payload, phase.upload_manifest(study.resolved_manifest))
+        return shared_noise_reply(instruction, start, study, model, site, channel, masked)
+    payload, metrics = _update(instruction, study, model, start, site)
+    update_P = decode_adapter(payload, start.phase.upload_manifest)
     if channel.scales_down(update_P, site.name):
         _log.warning("event=update_scaled_down round=%d raise=update_clip_norm", instruction.round)
     return masked.masked(channel.weighted(update_P, site.name, metrics))
 
 
 def _update(
-    instruction: RoundInstruction, adapter: bytes, study: StudyConfig, model: AdaptedModel, phase: Phase, site: Site
+    instruction: RoundInstruction, study: StudyConfig, model: AdaptedModel, start: RoundStart, site: Site
 ) -> tuple[bytes, dict[str, float]]:
     """Payload and metrics of a site's update, as they travel where nothing is masked."""
     if study.privacy is None:
-        return _plain_reply(instruction, adapter, study, model, phase, site)
-    return private_reply(instruction, adapter, study, model, phase, site), {}
-
-
-def _plain_reply(
-    instruction: RoundInstruction, adapter: bytes, study: StudyConfig, model: AdaptedModel, phase: Phase, site: Site
-) -> tuple[bytes, dict[str, float]]:
-    """Payload and metrics of a round without privacy."""
-    manifest = study.resolved_manifest
-    start_P = _global_adapter(adapter, manifest)
-    seed = derive_seed(study.seed, "train", instruction.scope, site.name, instruction.round)
-    result = train_locally(
-        model,
-        task_of(study.task),
-        site.cohort(study, model.pixels).train,
-        study.training,
-        start_P=start_P,
-        trainable=phase.trainable,
-        features=site.features,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    upload_P = phase.upload_vector(manifest, start_P, result.adapter_P)
-    return encode_adapter(upload_P, phase.upload_manifest(manifest)), {"loss": result.loss}
+        return plain_reply(instruction, start, study, model, site)
+    return private_reply(instruction, start, study, model, site), {}
 
 
 def evaluate(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
@@ -127,7 +105,7 @@ def evaluate(instruction: RoundInstruction, fields: Fields, site: Site) -> Field
         model,
         task_of(study.task),
         cohort.test,
-        adapter_P=_global_adapter(bytes_field(fields, "adapter"), study.resolved_manifest),
+        state=evaluated_state(instruction, fields, study, site),
         features=site.features,
         batch_size=study.training.batch_size,
     )
@@ -136,9 +114,3 @@ def evaluate(instruction: RoundInstruction, fields: Fields, site: Site) -> Field
         masked = MaskedRound(study, instruction.scope, channel, fields, site).masked(channel.scores(metrics))
         return reply_to(instruction, site).to_fields(secure=masked)
     return reply_to(instruction, site, num_examples=len(cohort.test), metrics=metrics).to_fields()
-
-
-@lru_cache(maxsize=1)  # all virtual sites of a process start a round from the same bytes
-def _global_adapter(payload: bytes, manifest: AdapterManifest) -> Tensor:
-    """The adapter that the server sent, to be read only."""
-    return decode_adapter(payload, manifest)

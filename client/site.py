@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from client.data import Cohort, load_cohort
 from client.features import FeatureCache, cache_key
 from client.policy import SitePolicy
+from client.site_memory import SiteMemory
 from medfed.device import DeviceChoice, choose_device, prepare_cpu
 from medfed.errors import PolicyError, StudyError
 from medfed.models.pixels import PixelSpec
@@ -63,6 +64,7 @@ class VirtualSites(BaseModel):
         ledger_key: file of the key that signs them.
         identities: folder with each site's identity for secure aggregation, ``<site>.identity``.
         journals: folder with a folder for each site, where it notes what it answered; in no backup.
+        memories: folder with a folder for each site, for what it remembers between rounds.
         noise_seed: draws and noise follow from it, which protects nobody: for patients who are made up. None
             draws from the operating system.
         sites: site of partition 0, 1, ...
@@ -80,6 +82,7 @@ class VirtualSites(BaseModel):
     ledger_key: Path
     identities: Path
     journals: Path
+    memories: Path
     noise_seed: int | None
     sites: tuple[VirtualSite, ...] = Field(min_length=1)
 
@@ -106,6 +109,7 @@ class Site:
         ledger_key: file of the key that signs it.
         identity: file of the keys by which other sites know this one; needed for secure aggregation.
         journal: folder of what it answered in secure aggregation; in no backup.
+        memory: folder of what it remembers between rounds.
         noise_seed: None draws from the operating system, as it must be wherever a patient is real.
     """
 
@@ -122,6 +126,7 @@ class Site:
         ledger_key: Path,
         identity: Path,
         journal: Path,
+        memory: Path,
         noise_seed: int | None,
     ) -> None:
         self.name = name
@@ -134,6 +139,7 @@ class Site:
         self._ledger_key = ledger_key
         self._identity = identity
         self._journal = journal
+        self._memory = memory
         self._secure_clients: dict[bytes, SecureClient] = {}
         self._noise_seed = noise_seed
         self._cohorts: dict[str, Cohort] = {}
@@ -160,6 +166,10 @@ class Site:
             client = SecureClient(self.name, read_identity(self._identity), plan, folder)
             self._secure_clients = {plan.digest: client}  # a site works for one study at a time
         return self._secure_clients[plan.digest]
+
+    def memory(self, study: StudyConfig, scope: str) -> SiteMemory:
+        """What this site remembers between the rounds of a federation."""
+        return SiteMemory(self._memory / study.digest / scope)
 
     def cohort_name(self, scope: str) -> str:
         """The cohort that pays for a federation's training.
@@ -233,6 +243,7 @@ def _open_sites(path: str) -> tuple[Site, ...]:
             ledger_key=virtual.ledger_key,
             identity=virtual.identities / f"{site.name}.identity",
             journal=virtual.journals / site.name,
+            memory=virtual.memories / site.name,
             noise_seed=virtual.noise_seed,
         )
         for site in virtual.sites

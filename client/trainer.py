@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from client.data import Item
 from client.features import FeatureCache, as_three_channels
+from client.subspace_steps import Pull, SubspaceSteps
 from medfed.device import mixed_precision
 from medfed.errors import AdapterMismatchError, DivergedError
 from medfed.models.adapted import AdaptedModel
+from medfed.models.folding import ModelState
 from medfed.study_sections import TrainingConfig
 from medfed.tasks import Task
+from strategies.subspace import Subspace
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,12 @@ class TrainResult:
     Attributes:
         adapter_P: the local adapter, float32 on the CPU.
         loss: mean training loss over the last epoch; not released under differential privacy.
+        num_steps: optimiser steps.
     """
 
     adapter_P: Tensor
     loss: float
+    num_steps: int
 
 
 def train_locally(
@@ -38,14 +42,16 @@ def train_locally(
     config: TrainingConfig,
     *,
     start_P: Tensor,
-    trainable: Callable[[str], bool],
+    trainable: Subspace,
     features: FeatureCache,
     generator: torch.Generator,
+    pull: Pull | None = None,
 ) -> TrainResult:
     """Train the adapter on ``items``, starting from ``start_P``.
 
     The result is fixed by the arguments: data order and augmentation come from ``generator`` alone, the
-    optimiser starts afresh. Tensors that ``trainable`` rejects stay as in ``start_P``, bit for bit.
+    optimiser starts afresh. What is not ``trainable`` stays as in ``start_P``, bit for bit. A ``pull`` is added to
+    every gradient.
 
     Raises:
         AdapterMismatchError: if ``start_P`` does not fit.
@@ -53,13 +59,12 @@ def train_locally(
     """
     model.load(start_P)
     model.train()
-    held_P = held_elements(model, trainable)
-    step = optimizer_step(model.flat, config)
+    steps = SubspaceSteps(model, trainable, config, pull)
     gradient_P = model.flat.grad
     assert gradient_P is not None
     num_epochs = config.local_epochs
     assert num_epochs is not None  # a study without it has a privacy section, and trains privately
-    loss_sum = 0.0
+    loss_sum, num_steps = 0.0, 0
     for _ in range(num_epochs):
         loss_sum = 0.0
         for indices in _batches(len(items), config, generator):
@@ -71,12 +76,31 @@ def train_locally(
             if losses_B.requires_grad:  # not where no image of the batch holds anything to outline
                 # The gradient of the mean, which itself nobody needs.
                 losses_B.backward(torch.full_like(losses_B, 1 / len(batch)))  # type: ignore[no-untyped-call]
-            if held_P is not None:
-                gradient_P[held_P] = 0.0
-            step()
-            put_back(model, start_P, held_P)
+            steps.step()
+            num_steps += 1
             loss_sum += float(losses_B.detach().sum())
-    return TrainResult(adapter_P=trained_vector(model), loss=loss_sum / len(items))
+    return TrainResult(adapter_P=trained_vector(model), loss=loss_sum / len(items), num_steps=num_steps)
+
+
+def loss_of(
+    model: AdaptedModel,
+    task: Task,
+    items: Sequence[Item],
+    *,
+    adapter_P: Tensor,
+    features: FeatureCache,
+    batch_size: int,
+) -> float:
+    """Mean loss of an adapter on ``items``, without augmentation or training."""
+    model.load(adapter_P)
+    model.train(False)
+    total = 0.0
+    with torch.no_grad(), mixed_precision(model.device):
+        for start in range(0, len(items), batch_size):
+            batch = items[start : start + batch_size]
+            target = task.collate([item.annotation for item in batch], model.device)
+            total += float(task.losses(model, features.batch(batch, model), target).sum())
+    return total / len(items)
 
 
 def trained_vector(model: AdaptedModel) -> Tensor:
@@ -98,16 +122,17 @@ def evaluate_locally(
     task: Task,
     items: Sequence[Item],
     *,
-    adapter_P: Tensor,
+    state: ModelState,
     features: FeatureCache,
     batch_size: int,
 ) -> dict[str, float]:
-    """Metrics of an adapter on ``items``, without augmentation.
+    """Metrics of a state of the model on ``items``, without augmentation.
 
     Raises:
-        AdapterMismatchError: if ``adapter_P`` does not fit.
+        AdapterMismatchError: if the state's adapter does not fit.
+        StudyError: if one of its folds does not fit.
     """
-    model.load(adapter_P)
+    model.put(state)
     model.train(False)
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     with mixed_precision(model.device):
@@ -121,15 +146,6 @@ def evaluate_locally(
                 for batch in batches
             ),
         )
-
-
-def optimizer_step(flat: torch.nn.Parameter, config: TrainingConfig) -> Callable[[], object]:
-    """What takes one optimiser step on ``flat``, with fresh optimiser state."""
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW([flat], lr=config.learning_rate, weight_decay=config.weight_decay).step
-    assert flat.grad is not None
-    # Plain SGD is this one operation; torch.optim.SGD takes as long again to get there.
-    return partial(flat.data.add_, flat.grad, alpha=-config.learning_rate)
 
 
 def _batches(num_items: int, config: TrainingConfig, generator: torch.Generator) -> list[list[int]]:
@@ -163,22 +179,3 @@ def augment_intensity(image_CHW: Tensor, generator: torch.Generator) -> Tensor:
     noise_CHW = torch.randn(image_CHW.shape, generator=generator)
     augmented_CHW: Tensor = image_CHW * (0.9 + 0.2 * scale) + 0.2 * (shift - 0.5) + 0.02 * noise_CHW
     return augmented_CHW
-
-
-def held_elements(model: AdaptedModel, trainable: Callable[[str], bool]) -> Tensor | None:
-    """Mask of the elements of the flat adapter that must not move, or None if all may."""
-    specs = model.manifest.tensors
-    held = [not trainable(spec.name) for spec in specs]
-    if all(held):
-        raise AdapterMismatchError("Expected at least one trainable tensor in the phase, got none.")
-    if not any(held):
-        return None
-    pieces = [torch.full((spec.num_elements,), is_held) for spec, is_held in zip(specs, held, strict=True)]
-    return torch.cat(pieces).to(model.device)
-
-
-def put_back(model: AdaptedModel, start_P: Tensor, held_P: Tensor | None) -> None:
-    """What does not train stays as it came, whatever the optimiser does to it (weight decay)."""
-    if held_P is not None:
-        with torch.no_grad():
-            model.flat[held_P] = start_P.to(model.device)[held_P]

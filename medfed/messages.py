@@ -6,6 +6,7 @@ model that refuses unknown fields, so a field that nobody agreed on cannot ride 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 from typing import Annotated, Literal, Self
 
@@ -20,7 +21,7 @@ RECORD_KEY = "medfed"
 Fields = dict[str, str | bytes]
 """What a message is on the wire: ``header`` (JSON) and byte fields."""
 
-INSTRUCTION_FIELDS = ("header", "study", "adapter", "secure")
+INSTRUCTION_FIELDS = ("header", "study", "adapter", "broadcast", "secure")
 REPLY_FIELDS = ("header", "adapter", "secure")
 
 
@@ -61,9 +62,22 @@ class RoundInstruction(_Header):
     attempt: Annotated[int, Field(ge=1)] = 1
     scope: Name = "federated"
 
-    def to_fields(self, *, study: bytes, adapter: bytes, secure: bytes = b"") -> Fields:
-        """The message: header, canonical study bytes, adapter payload and secure-aggregation message (may be empty)."""
-        return {"header": self.model_dump_json(), "study": study, "adapter": adapter, "secure": secure}
+    def to_fields(self, *, study: bytes, adapter: bytes, broadcast: bytes = b"", secure: bytes = b"") -> Fields:
+        """The message: header, canonical study bytes, and payloads that may be empty.
+
+        Args:
+            study: canonical bytes.
+            adapter: payload of the global adapter.
+            broadcast: payload of what the strategy tells beside it.
+            secure: secure-aggregation message.
+        """
+        return {
+            "header": self.model_dump_json(),
+            "study": study,
+            "adapter": adapter,
+            "broadcast": broadcast,
+            "secure": secure,
+        }
 
 
 class Refusal(_Header):
@@ -110,6 +124,11 @@ class RoundReply(_Header):
     def to_fields(self, *, adapter: bytes = b"", secure: bytes = b"") -> Fields:
         """The message: header, adapter payload and secure-aggregation message (may be empty)."""
         return {"header": self.model_dump_json(), "adapter": adapter, "secure": secure}
+
+
+def model_digest(adapter: bytes, broadcast: bytes) -> bytes:
+    """SHA-256 of what a site was sent to put into the model: both payloads, each by its own digest."""
+    return hashlib.sha256(hashlib.sha256(adapter).digest() + hashlib.sha256(broadcast).digest()).digest()
 
 
 def exact_fields(record: Mapping[str, object], names: Collection[str]) -> Fields:

@@ -276,10 +276,12 @@ class StrategyConfig(Section):
     Attributes:
         name: a registered strategy.
         weighting: ``examples`` weighs a site by its number of training images, ``uniform`` does not.
+        hold_frames: rounds for which frames stay, for ``ffa-fresh`` and ``twin-fresh``; one if left out.
     """
 
     name: Name = "fedit"
     weighting: Literal["examples", "uniform"] = "examples"
+    hold_frames: Annotated[int, Field(ge=1)] | None = None
 
 
 class CohortConfig(Section):

@@ -1,16 +1,16 @@
 """The checkpoint: all that a killed run needs to go on as if nothing had happened.
 
-One safetensors file per run folder: the global adapter, and in its metadata the round, the study digest and
-the metrics so far. It is written beside its place, synced, and renamed, so at every moment there is either
-the old one or the new one, whole.
+One safetensors file per run folder: the global adapter and what the strategy remembers, and in its metadata the
+round, the study digest and the metrics so far. It is written beside its place, synced, and renamed, so at every
+moment there is either the old one or the new one, whole.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from medfed.payload import decode_adapter, encode_adapter
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
 
+_ADAPTER, _BROADCAST, _MEMORY = "adapter", "broadcast:", "memory:"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -36,6 +38,8 @@ class Checkpoint:
         scope: the federation inside the study.
         round: last completed round; 0 before the first.
         adapter_P: the global adapter, float32.
+        broadcast: what the strategy tells sites beside it, by name.
+        memory: what the strategy remembers at the server, by name.
         metrics: every line of ``metrics.jsonl`` so far, as made by :func:`metrics_line`.
         weights: public weight of each site.
     """
@@ -46,6 +50,8 @@ class Checkpoint:
     adapter_P: Tensor
     metrics: tuple[str, ...]
     weights: dict[str, float]
+    broadcast: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def metrics_line(**facts: Any) -> str:
@@ -73,7 +79,11 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     }
     lines = _joined(checkpoint.metrics)
     data = save(
-        {"adapter": checkpoint.adapter_P.contiguous()},
+        {
+            _ADAPTER: checkpoint.adapter_P.contiguous(),
+            **{f"{_BROADCAST}{name}": tensor.contiguous() for name, tensor in checkpoint.broadcast.items()},
+            **{f"{_MEMORY}{name}": tensor.contiguous() for name, tensor in checkpoint.memory.items()},
+        },
         metadata={"medfed": _encode(facts), "metrics": lines},
     )
     write_durably(folder / CHECKPOINT, data)
@@ -83,6 +93,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 def write_metrics(folder: Path, checkpoint: Checkpoint) -> None:
     """Replace the folder's ``metrics.jsonl`` by the checkpoint's, atomically."""
     _replace(folder / METRICS, _joined(checkpoint.metrics).encode())
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _joined(lines: Iterable[str]) -> str:
@@ -102,8 +116,15 @@ def read_checkpoint(folder: Path, manifest: AdapterManifest, *, study_digest: st
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             facts, metrics = json.loads(metadata["medfed"]), tuple(metadata["metrics"].splitlines())
-            adapter_P = file.get_tensor("adapter")
-        checkpoint = Checkpoint(adapter_P=adapter_P, metrics=metrics, **facts)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        adapter_P = tensors.pop(_ADAPTER)
+        checkpoint = Checkpoint(
+            adapter_P=adapter_P,
+            metrics=metrics,
+            broadcast=_under(_BROADCAST, tensors),
+            memory=_under(_MEMORY, tensors),
+            **facts,
+        )
         decode_adapter(encode_adapter(adapter_P, manifest), manifest)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AdapterMismatchError) as error:
         raise CheckpointError(

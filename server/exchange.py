@@ -14,7 +14,16 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from medfed.errors import MedfedError, MessageError
-from medfed.messages import RECORD_KEY, REPLY_FIELDS, Action, RoundInstruction, RoundReply, bytes_field, exact_fields
+from medfed.messages import (
+    RECORD_KEY,
+    REPLY_FIELDS,
+    Action,
+    RoundInstruction,
+    RoundReply,
+    bytes_field,
+    exact_fields,
+    model_digest,
+)
 
 _log = logging.getLogger("medfed.server.exchange")
 
@@ -28,6 +37,24 @@ _MESSAGE_TYPES: dict[Action, str] = {
     "secure_vote": "query.secure_vote",
     "secure_open": "query.secure_open",
 }
+
+
+@dataclass(frozen=True)
+class ModelPayload:
+    """What sites put into the model: nothing, for requests that are not about one.
+
+    Attributes:
+        adapter: payload of the global adapter.
+        broadcast: payload of what the strategy tells beside it.
+    """
+
+    adapter: bytes = b""
+    broadcast: bytes = b""
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of both: what sites that mask for one sum must all have been sent."""
+        return model_digest(self.adapter, self.broadcast)
 
 
 @dataclass(frozen=True)
@@ -67,7 +94,7 @@ def exchange(
     instruction: RoundInstruction,
     *,
     study: bytes,
-    adapter: bytes,
+    model: ModelPayload,
     deadline_s: float,
     metric_names: frozenset[str],
     secure: Mapping[int, bytes] | bytes = b"",
@@ -80,14 +107,14 @@ def exchange(
         nodes: node id -> the site expected there, or None if unknown (``describe``).
         instruction: the header.
         study: canonical study bytes.
-        adapter: payload of the global adapter, may be empty.
+        model: what sites put into the model.
         deadline_s: seconds to wait.
         metric_names: the only names under which a site may report a number.
         secure: secure-aggregation message, for all or by node id.
     """
 
     def content_with(secure: bytes) -> RecordDict:
-        fields = instruction.to_fields(study=study, adapter=adapter, secure=secure)
+        fields = instruction.to_fields(study=study, adapter=model.adapter, broadcast=model.broadcast, secure=secure)
         return RecordDict({RECORD_KEY: ConfigRecord(dict(fields))})
 
     # One content for all that get the same: a grid copies or serialises each message before anybody can change it.

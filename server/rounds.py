@@ -15,18 +15,19 @@ from pathlib import Path
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from medfed.adapter_manifest import AdapterManifest
 from medfed.errors import AdapterMismatchError, LostRoundError, RoundError
 from medfed.messages import Action, RoundInstruction
 from medfed.payload import decode_adapter, encode_adapter
 from medfed.study import ALL_SITES, StudyConfig
 from medfed.tasks import task_of
 from server.checkpoint import Checkpoint, metrics_line, read_checkpoint, write_checkpoint, write_metrics
-from server.exchange import Exchange, exchange
+from server.exchange import Exchange, ModelPayload, exchange
 from server.secure_sums import SecureSums, SummedRound
 from strategies.registry import strategy_of
 from strategies.secure_channel import SecureChannel
-from strategies.strategy import Tree
-from strategies.weighted_sum import aggregate, statistics_of
+from strategies.strategy import Phase, State
+from strategies.weighted_sum import weighted_sum
 
 _log = logging.getLogger("medfed.server.rounds")
 
@@ -71,7 +72,7 @@ def run_rounds(
     state = read_checkpoint(folder, study.resolved_manifest, study_digest=study.digest, scope=federation.scope)
     weights = loop.find_sites()
     if state is None:
-        state = Checkpoint(study.digest, federation.scope, 0, initial_P, (), weights)
+        state = loop.initial(initial_P, weights)
         if federation.evaluate_initial:
             state = loop.evaluated(state)
         write_checkpoint(folder, state)
@@ -94,7 +95,7 @@ class _Loop:
         self._grid = grid
         self._study = study
         self._federation = federation
-        self._strategy = strategy_of(study.strategy)
+        self._strategy = strategy_of(study, federation.scope)
         self._metric_names = task_of(study.task).metric_names
         self._node_of: dict[str, int] = {}
         self._lost_round: int | None = None
@@ -108,7 +109,7 @@ class _Loop:
         Raises:
             RoundError: names the sites that did not answer or cannot serve the study.
         """
-        found = self._ask("describe", dict.fromkeys(self._grid.get_node_ids()), 0, b"")
+        found = self._ask("describe", dict.fromkeys(self._grid.get_node_ids()), 0, ModelPayload())
         wanted = dict.fromkeys((*self._federation.train_sites, *self._federation.evaluate_sites))
         missing = [site for site in wanted if site not in found.replies]
         if missing:
@@ -130,24 +131,23 @@ class _Loop:
             RoundError: if fewer than the quorum sent a usable update in time.
         """
         number = state.round + 1
-        manifest = self._study.resolved_manifest
         phase = self._strategy.plan(number)
-        upload_manifest = phase.upload_manifest(manifest)
-        payload = encode_adapter(state.adapter_P, manifest)
+        state = self._checkpoint(state, self._strategy.gauge(number, self._state(state)))
+        model = self._model(state, phase.broadcast)
         if self._secure_sums is not None:
             channel = SecureChannel.training(self._study, number, phase)
             try:
-                summed = self._secure_sums.sum("train", channel, payload)
+                summed = self._secure_sums.sum("train", channel, model)
             except LostRoundError as error:
                 return self._without_round(state, error)
             assert summed.sum.update_P is not None
-            sums = statistics_of(phase, upload_manifest, summed.sum.update_P, summed.sum.weight)
-            return self._next(state, sums, [self._sum_line("train", number, summed)])
-        answered = self._ask("train", self._nodes(self._federation.train_sites), number, payload)
+            line = self._sum_line("train", number, summed)
+            return self._next(state, phase, summed.sum.update_P, summed.sum.weight, [line])
+        answered = self._ask("train", self._nodes(self._federation.train_sites), number, model)
         uploads: dict[str, Tensor] = {}
         for site, answer in answered.replies.items():
             try:
-                uploads[site] = decode_adapter(answer.payload, upload_manifest)
+                uploads[site] = decode_adapter(answer.payload, phase.upload_manifest)
             except AdapterMismatchError as error:
                 answered.failures[site] = str(error)
         if len(uploads) < self._federation.quorum:
@@ -156,13 +156,15 @@ class _Loop:
                 f"Round {number}: expected updates of {self._federation.quorum} sites, got {len(uploads)}; "
                 f"{_reasons(missing, answered)}; correct them and resume."
             )
-        sums = aggregate(phase, upload_manifest, uploads, state.weights, self._federation.train_sites)
-        lines = [
-            self._line("train", number, site, answered.replies[site].reply.metrics)
-            for site in self._federation.train_sites
-            if site in uploads
-        ]
-        return self._next(state, sums, lines)
+        present = [site for site in self._federation.train_sites if site in uploads]
+        lines = [self._line("train", number, site, answered.replies[site].reply.metrics) for site in present]
+        if self._strategy.needs_individuals:
+            deltas = {site: phase.upload_manifest.unflatten(uploads[site]) for site in present}
+            weights = {site: state.weights[site] for site in present}
+            merged = self._strategy.merge(number, self._state(state), deltas, weights)
+            return replace(self._checkpoint(state, merged), round=number, metrics=(*state.metrics, *lines))
+        total_P = weighted_sum(uploads, state.weights, present)
+        return self._next(state, phase, total_P, sum(state.weights[site] for site in present), lines)
 
     def _without_round(self, state: Checkpoint, error: LostRoundError) -> Checkpoint:
         """The state after a round whose sum is lost: the adapter stays as it was.
@@ -178,11 +180,35 @@ class _Loop:
         _log.warning("event=lost round=%d why=%s", number, error)
         return replace(state, round=number, metrics=(*state.metrics, self._line("lost", number, ALL_SITES, {})))
 
-    def _next(self, state: Checkpoint, sums: Tree, lines: Sequence[str]) -> Checkpoint:
-        """The state after a round whose statistics are these."""
-        number, manifest = state.round + 1, self._study.resolved_manifest
-        tree = self._strategy.post(number, manifest.unflatten(state.adapter_P), sums)
-        return replace(state, round=number, adapter_P=manifest.flatten(dict(tree)), metrics=(*state.metrics, *lines))
+    def initial(self, initial_P: Tensor, weights: dict[str, float]) -> Checkpoint:
+        """The state before the first round."""
+        empty = Checkpoint(self._study.digest, self._federation.scope, 0, initial_P, (), weights)
+        return self._checkpoint(empty, self._strategy.start(self._study.resolved_manifest.unflatten(initial_P)))
+
+    def _next(
+        self, state: Checkpoint, phase: Phase, total_P: Tensor, weight: float, lines: Sequence[str]
+    ) -> Checkpoint:
+        """The state after a round whose uploads sum to this, over sites of this public weight."""
+        number = state.round + 1
+        statistics = phase.statistics(total_P, weight)
+        participation = weight / sum(state.weights.values())
+        following = self._strategy.post(number, self._state(state), statistics, participation)
+        return replace(self._checkpoint(state, following), round=number, metrics=(*state.metrics, *lines))
+
+    def _state(self, checkpoint: Checkpoint) -> State:
+        """What the strategy sees of a checkpoint."""
+        adapter = self._study.resolved_manifest.unflatten(checkpoint.adapter_P)
+        return State(adapter, checkpoint.broadcast, checkpoint.memory)
+
+    def _checkpoint(self, checkpoint: Checkpoint, state: State) -> Checkpoint:
+        """The checkpoint with the strategy's state in it."""
+        adapter_P = self._study.resolved_manifest.flatten(state.adapter)
+        return replace(checkpoint, adapter_P=adapter_P, broadcast=dict(state.broadcast), memory=dict(state.memory))
+
+    def _model(self, state: Checkpoint, told: AdapterManifest | None) -> ModelPayload:
+        """What sites put into the model: the adapter, and what the strategy tells beside it."""
+        adapter = encode_adapter(state.adapter_P, self._study.resolved_manifest)
+        return ModelPayload(adapter, b"" if told is None else encode_adapter(told.flatten(state.broadcast), told))
 
     def evaluated(self, state: Checkpoint) -> Checkpoint:
         """The state with the metrics of its adapter on every evaluating site's held-out patients.
@@ -192,17 +218,17 @@ class _Loop:
         """
         if self._study.withholds_evaluation or not self._federation.evaluate_sites:
             return state
-        payload = encode_adapter(state.adapter_P, self._study.resolved_manifest)
+        model = self._model(state, self._strategy.told_after(state.round))
         if self._secure_sums is not None:
             channel = SecureChannel.evaluation(self._study, state.round)
             try:
-                summed = self._secure_sums.sum("evaluate", channel, payload)
+                summed = self._secure_sums.sum("evaluate", channel, model)
             except LostRoundError as error:
                 _log.warning("event=lost_evaluation round=%d why=%s", state.round, error)
                 return state
             return replace(state, metrics=(*state.metrics, self._sum_line("evaluate", state.round, summed)))
         sites = self._federation.evaluate_sites
-        answered = self._ask("evaluate", self._nodes(sites), state.round, payload)
+        answered = self._ask("evaluate", self._nodes(sites), state.round, model)
         if missing := [site for site in sites if site not in answered.replies]:
             raise RoundError(
                 f"Round {state.round}: expected evaluations of {len(sites)} sites, {_reasons(missing, answered)}; "
@@ -228,17 +254,17 @@ class _Loop:
         return {self._node_of[site]: site for site in sites}
 
     def _ask_sites(
-        self, action: Action, sites: Sequence[str], number: int, adapter: bytes, secure: Mapping[str, bytes]
+        self, action: Action, sites: Sequence[str], number: int, model: ModelPayload, secure: Mapping[str, bytes]
     ) -> Exchange:
         by_node = {self._node_of[site]: secure[site] for site in sites}
-        return self._ask(action, self._nodes(sites), number, adapter, by_node)
+        return self._ask(action, self._nodes(sites), number, model, by_node)
 
     def _ask(
         self,
         action: Action,
         nodes: Mapping[int, str | None],
         number: int,
-        adapter: bytes,
+        model: ModelPayload,
         secure: Mapping[int, bytes] | bytes = b"",
     ) -> Exchange:
         instruction = RoundInstruction(study_digest=self._study.digest, round=number, scope=self._federation.scope)
@@ -248,7 +274,7 @@ class _Loop:
             nodes,
             instruction,
             study=self._study.canonical,
-            adapter=adapter,
+            model=model,
             deadline_s=self._study.rounds.deadline_s,
             metric_names=self._metric_names,
             secure=secure,

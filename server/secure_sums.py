@@ -7,7 +7,6 @@ An epoch's keys are made once for many rounds, and anew when a site was missing,
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from privacy.secure_aggregation.framing import number
 from privacy.secure_aggregation.messages import Acceptance, Advertised, Masked, Setup, Shares, Vote
 from privacy.secure_aggregation.plan import SecureAggregationPlan
 from privacy.secure_aggregation.server import Epoch, SecureSum, SetupPhase
-from server.exchange import Exchange
+from server.exchange import Exchange, ModelPayload
 from strategies import secure_channel
 from strategies.secure_channel import SecureChannel
 
@@ -29,12 +28,14 @@ _log = logging.getLogger("medfed.server.secure_sums")
 
 T = TypeVar("T")
 
+_NO_MODEL = ModelPayload()
+
 
 class Ask(Protocol):
     """Sends an action to named sites and takes back what they reply."""
 
     def __call__(
-        self, action: Action, sites: Sequence[str], number: int, adapter: bytes, secure: Mapping[str, bytes]
+        self, action: Action, sites: Sequence[str], number: int, model: ModelPayload, secure: Mapping[str, bytes]
     ) -> Exchange:
         """Replies that came before the deadline, and why the others did not."""
 
@@ -72,13 +73,13 @@ class SecureSums:
         self._next_slot = 0
         self._named_survivors = False
 
-    def sum(self, action: Action, channel: SecureChannel, adapter: bytes) -> SummedRound:
-        """Have every site act on ``adapter`` and open the sum of their vectors.
+    def sum(self, action: Action, channel: SecureChannel, model: ModelPayload) -> SummedRound:
+        """Have every site act on ``model`` and open the sum of their vectors.
 
         Args:
             action: ``train`` or ``evaluate``.
             channel: what is summed.
-            adapter: payload of the global adapter.
+            model: what they put into it.
 
         Sites agree to one set of survivors in a round, however often it is tried: the difference of two sums would
         be one site's part. So once survivors were named, another try must find the same ones.
@@ -92,7 +93,7 @@ class SecureSums:
         for is_last in (False, True):
             failures: dict[str, str] = {}
             try:
-                return self._summed(action, channel, adapter, failures)
+                return self._summed(action, channel, model, failures)
             except SecureAggregationError as error:
                 self._epoch = None
                 reasons = "; ".join(f"{site}: {why}" for site, why in failures.items())
@@ -104,17 +105,18 @@ class SecureSums:
                 _log.warning("event=opened_too_little round=%d", channel.round)
         raise AssertionError  # the last try returns or raises
 
-    def _summed(self, action: Action, channel: SecureChannel, adapter: bytes, failures: dict[str, str]) -> SummedRound:
+    def _summed(
+        self, action: Action, channel: SecureChannel, model: ModelPayload, failures: dict[str, str]
+    ) -> SummedRound:
         self._named_survivors = False
         if self._epoch is None or self._next_slot == self._plan.rounds_per_epoch:
             self._epoch = self._begin_epoch(channel.round, failures)
         epoch = self._epoch
-        model = hashlib.sha256(adapter).digest()
-        start = epoch.start(self._next_slot, channel=channel.digest, model=model, sites=tuple(epoch.setups))
+        start = epoch.start(self._next_slot, channel=channel.digest, model=model.digest, sites=tuple(epoch.setups))
         self._next_slot += 1
         summing = SecureSum(epoch, start, num_elements=channel.num_elements)
         begin = start.to_bytes()
-        self._collect(action, start.sites, channel.round, begin, Masked.parse, summing.add, failures, adapter)
+        self._collect(action, start.sites, channel.round, begin, Masked.parse, summing.add, failures, model)
         if len(summing.survivors) < self._quorum:
             raise SecureAggregationError(
                 f"Expected vectors of at least {self._quorum} sites, got {len(summing.survivors)}; the round is given "
@@ -163,11 +165,11 @@ class SecureSums:
         parse: Callable[[bytes], T],
         take: Callable[[T], object],
         failures: dict[str, str],
-        adapter: bytes = b"",
+        model: ModelPayload = _NO_MODEL,
     ) -> None:
         """Send one message of the protocol to each site, and take what comes back; note whose does not."""
         by_site = dict.fromkeys(sites, secure) if isinstance(secure, bytes) else dict(secure)
-        answered = self._ask(action, sites, round_number, adapter, by_site)
+        answered = self._ask(action, sites, round_number, model, by_site)
         for site in sites:
             if site not in answered.replies:
                 failures[site] = answered.failures.get(site, "no such node")

@@ -225,11 +225,10 @@ def traffic_of(study: StudyConfig) -> Traffic:
     Args:
         study: resolved, with its noise; where it names no keys, as long as if it did.
     """
-    phase = strategy_of(study.strategy).plan(1)
+    phase = strategy_of(study).plan(1)
     adapter = HEADER_BYTES + _ELEMENT_BYTES * study.resolved_manifest.num_elements
     if not study.sums_securely:
-        upload = phase.upload_manifest(study.resolved_manifest)
-        up = HEADER_BYTES + _ELEMENT_BYTES * upload.num_elements
+        up = HEADER_BYTES + _ELEMENT_BYTES * phase.upload_manifest.num_elements
         return Traffic(round_up=up, round_down=adapter + len(study.canonical), keys_up=0, keys_down=0, sums_per_keys=0)
     some_key = "0" * 64
     keyed = [site.model_copy(update={"signing_key": site.signing_key or some_key}) for site in study.sites]

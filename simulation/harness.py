@@ -18,12 +18,14 @@ from pydantic import ValidationError
 
 from client.data import refuse_shared_patients
 from client.policy import Budget, SitePolicy
+from client.round_start import own_state, shared_state
 from client.site import SITES_VARIABLE, Site, VirtualSite, VirtualSites, forget_sites, site_of_partition
 from medfed.device import DeviceChoice, choose_device
 from medfed.errors import CheckpointError, StudyError
 from medfed.models.adapted import AdaptedModel, adapted_model
 from medfed.models.adapted import resolve as resolve_study
-from medfed.study import POOLED_SITE, StudyConfig, read_study
+from medfed.models.folding import ModelState
+from medfed.study import FEDERATED, POOLED_SITE, StudyConfig, read_study
 from medfed.tasks import task_of
 from privacy.accounting import epsilon_spent
 from privacy.ledger_key import create_key
@@ -51,7 +53,7 @@ from simulation.run_folder import (
     stored_study,
 )
 from simulation.summary import compare
-from strategies.registry import strategy_of
+from strategies.registry import check_name, strategy_of
 
 OWN_DATA = "Images of the user's own manifests."
 
@@ -113,7 +115,7 @@ def simulate(
         resolved = stored_study(folder)
     else:
         config = read_study(Path(str(study)))
-        strategy_of(config.strategy)
+        check_name(config.strategy)
         resolved, identities = with_identities(calibrated(resolve_study(config, chosen)))
     model = adapted_model(resolved, chosen)
 
@@ -214,6 +216,7 @@ def _open_sites(folder: Path, study: StudyConfig, manifests: Mapping[str, Path],
             "ledger_key": _ledger_key(folder / "ledgers" / "ledger.key"),
             "identities": folder / "identities",
             "journals": folder / "journals",
+            "memories": folder / "memories",
             # Draws may be repeated where the patients are made up, and nowhere else.
             "noise_seed": None if study.cohort is None else study.seed,
             "sites": tuple(virtual),
@@ -256,13 +259,19 @@ def _write_results(
 ) -> Results:
     final = read_checkpoint(folder, study.resolved_manifest, study_digest=study.digest, scope="federated")
     assert final is not None
-    model.save(folder / "adapter", final.adapter_P)
+    strategy = strategy_of(study)
+    shared = shared_state(strategy, final.adapter_P, final.broadcast)
+
+    def state_of(site: Site) -> ModelState:
+        return own_state(shared, strategy, final.round, study, FEDERATED, site)
+
+    model.save(folder / "adapter", shared)
     if not study.withholds_evaluation:  # pictures show held-out patients
-        draw_overlays(folder / "figures", study, sites, model, final.adapter_P)
+        draw_overlays(folder / "figures", study, sites, model, state_of)
     task = task_of(study.task)
     metrics = {arm.scope: metrics_of(arm.folder(folder)) for arm in arms}
     if study.sums_securely:
-        metrics["federated"] = inspect_sites(folder, study, sites, model, final.adapter_P)
+        metrics["federated"] = inspect_sites(folder, study, sites, model, state_of)
     table, mean, worst = compare(study, metrics, task.primary)
     summary = Results(
         run_dir=str(folder),

@@ -7,24 +7,26 @@ to know how each fares, so its scores are computed beside the run, without a mes
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from client.site import Site
 from client.trainer import evaluate_locally
 from medfed.models.adapted import AdaptedModel
+from medfed.models.folding import ModelState
 from medfed.study import StudyConfig
 from medfed.tasks import task_of
 from server.checkpoint import write_durably
 
 INSPECTION = "inspection.jsonl"
 
+SiteState = Callable[[Site], ModelState]
+"""A site's model: the shared one, unless the strategy lets sites differ."""
+
 
 def inspect_sites(
-    folder: Path, study: StudyConfig, sites: Sequence[Site], model: AdaptedModel, final_P: Tensor
+    folder: Path, study: StudyConfig, sites: Sequence[Site], model: AdaptedModel, final: SiteState
 ) -> list[dict[str, Any]]:
     """Every site's scores before the first round and after the last, as lines of metrics; kept in the run folder.
 
@@ -36,12 +38,12 @@ def inspect_sites(
     lines: list[dict[str, Any]] = []
     for site in (site for site in sites if site.name in study.site_names):
         held_out = site.cohort(study, model.pixels).test
-        for round_number, adapter_P in ((0, model.initial_P), (last, final_P)):
+        for round_number, state in ((0, ModelState(model.initial_P)), (last, final(site))):
             scores = evaluate_locally(
                 model,
                 task,
                 held_out,
-                adapter_P=adapter_P,
+                state=state,
                 features=site.features,
                 batch_size=study.training.batch_size,
             )

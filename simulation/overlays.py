@@ -23,11 +23,13 @@ from torch import Tensor
 from client.data import Item
 from client.site import Site
 from medfed.models.adapted import AdaptedModel
+from medfed.models.folding import ModelState
 from medfed.models.pixels import PixelSpec
 from medfed.study import POOLED_SITE, StudyConfig
 from medfed.study_sections import ClassificationConfig, SegmentationConfig, SiteConfig
 from medfed.tasks.segmentation import SegmentationAnnotation, SegmentationTask, dice_score
 from server.checkpoint import write_durably
+from simulation.inspection import SiteState
 
 _MIN_CLASSIFIED, _MAX_CLASSIFIED = 4, 6
 # A figure is as wide as the report's text column at twice its resolution in print.
@@ -44,7 +46,7 @@ _Mask = npt.NDArray[np.bool_]
 
 
 def draw_overlays(
-    folder: Path, study: StudyConfig, sites: Sequence[Site], model: AdaptedModel, adapter_P: Tensor
+    folder: Path, study: StudyConfig, sites: Sequence[Site], model: AdaptedModel, final: SiteState
 ) -> None:
     """Write ``overlay-<site>.png`` for each site of the study, and ``captions.json``.
 
@@ -56,7 +58,7 @@ def draw_overlays(
         study: the study.
         sites: as opened; the pooled one is passed over.
         model: its adapter is put back afterwards.
-        adapter_P: the adapter after the last round.
+        final: the model of a site after the last round.
     """
     described = {site.name: site for site in study.sites}
     before_P = model.read()
@@ -66,7 +68,7 @@ def draw_overlays(
         for site in sites:
             if site.name == POOLED_SITE:
                 continue
-            drawn = _draw_site(study, site, model, adapter_P)
+            drawn = _draw_site(study, site, model, final(site))
             if drawn is None:
                 continue
             png, what = drawn
@@ -79,19 +81,19 @@ def draw_overlays(
     write_durably(folder / "captions.json", json.dumps(captions, indent=2).encode())
 
 
-def _draw_site(study: StudyConfig, site: Site, model: AdaptedModel, adapter_P: Tensor) -> tuple[bytes, str] | None:
+def _draw_site(study: StudyConfig, site: Site, model: AdaptedModel, final: ModelState) -> tuple[bytes, str] | None:
     """A PNG and what it shows; None if no held-out image of the site has something to show."""
     held_out = site.cohort(study, model.pixels).test
     upright = _Upright(study, site)
     if isinstance(study.task, ClassificationConfig):
         items = held_out[:_MAX_CLASSIFIED]
-        return _draw_classified(study.task, items, site, model, adapter_P, upright), (
+        return _draw_classified(study.task, items, site, model, final, upright), (
             "First held-out images, in manifest order, with the true class and what the federated adapter predicts."
         )
     item = next((item for item in held_out if len(item.annotation.class_M)), None)
     if item is None:
         return None
-    return _draw_segmented(study.task, item, site, model, adapter_P, upright), (
+    return _draw_segmented(study.task, item, site, model, final, upright), (
         "First held-out image: the whole slice; enlarged, the reference, and what is outlined before training and "
         "after the last federated round, with the mean Dice over its structures."
     )
@@ -102,7 +104,7 @@ def _draw_segmented(
     item: Item,
     site: Site,
     model: AdaptedModel,
-    adapter_P: Tensor,
+    final: ModelState,
     upright: _Upright,
 ) -> bytes:
     from matplotlib.patches import Patch, Rectangle
@@ -110,8 +112,8 @@ def _draw_segmented(
     annotation: SegmentationAnnotation = item.annotation
     truth_NHW = annotation.mask_MHW.numpy()
     panels = [("reference", truth_NHW)]
-    for name, vector_P in (("before", model.initial_P), ("after", adapter_P)):
-        predicted_NHW, dice = _segment(config, item, site, model, vector_P)
+    for name, state in (("before", ModelState(model.initial_P)), ("after", final)):
+        predicted_NHW, dice = _segment(config, item, site, model, state)
         panels.append((f"{name}: Dice {dice:.3f}", predicted_NHW))
     image_HW = upright(displayable(item.image_CHW, model.pixels))
     turned = [(title, np.stack([upright(mask_HW) for mask_HW in masks])) for title, masks in panels]
@@ -140,11 +142,11 @@ def _draw_segmented(
 
 
 def _segment(
-    config: SegmentationConfig, item: Item, site: Site, model: AdaptedModel, vector_P: Tensor
+    config: SegmentationConfig, item: Item, site: Site, model: AdaptedModel, state: ModelState
 ) -> tuple[_Mask, float]:
-    """Masks (N, H, W) that the model predicts with an adapter, and their mean Dice."""
+    """Masks (N, H, W) that the model predicts in a state, and their mean Dice."""
     task = SegmentationTask(config)
-    model.load(vector_P)
+    model.put(state)
     target = task.collate([item.annotation], model.device)
     with torch.no_grad():
         predicted_NHW = task.logits(model, site.features.features_of(item, model)[None], target) > 0
@@ -157,10 +159,10 @@ def _draw_classified(
     items: Sequence[Item],
     site: Site,
     model: AdaptedModel,
-    adapter_P: Tensor,
+    final: ModelState,
     upright: _Upright,
 ) -> bytes:
-    model.load(adapter_P)
+    model.put(final)
     with torch.no_grad():
         features = torch.stack([site.features.features_of(item, model) for item in items])
         logits = model.backbone.classify(model.embed(features))

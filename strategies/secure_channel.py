@@ -78,7 +78,7 @@ class SecureChannel:
     def training(cls, study: StudyConfig, round_number: int, phase: Phase) -> SecureChannel:
         """The channel of a training round. Losses are summed along only where nothing is private."""
         names = ("loss",) if study.privacy is None else ()
-        return cls(study, "train", round_number, phase.upload_manifest(study.resolved_manifest), names)
+        return cls(study, "train", round_number, phase.upload_manifest, names)
 
     @classmethod
     def evaluation(cls, study: StudyConfig, round_number: int) -> SecureChannel:

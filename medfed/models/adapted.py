@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from medfed.adapter_manifest import AdapterManifest
 from medfed.canonical import canonical_bytes, derive_seed, sha256_hex
 from medfed.errors import StudyError
+from medfed.models.folding import FoldableBase, ModelState, lora_layers, stacked
+from medfed.models.peft_folder import add_folds
 from medfed.models.pixels import PixelSpec
 from medfed.models.registry import Backbone, backbone_of
 from medfed.models.staged import count_frozen_stages
@@ -68,6 +70,7 @@ class AdaptedModel:
         )
         self.initial_P = self.manifest.flatten({name: p.detach() for name, p in trainable.items()})
         self.trainable = {spec.name: trainable[spec.name] for spec in self.manifest.tensors}
+        self._base = FoldableBase(lora_layers(self._peft))
         self.flat = _view_as_one(self.trainable, self.manifest, device)
         inner = [name.removeprefix("base_model.model.") for name in trainable]
         self.num_frozen_stages = count_frozen_stages(self.backbone.stages, inner)
@@ -92,6 +95,16 @@ class AdaptedModel:
         """A copy of the adapter in place: float32, on the CPU, shape (P,)."""
         return self.flat.detach().to("cpu", copy=True)
 
+    def put(self, state: ModelState) -> None:
+        """Put an adapter in place, on base weights that are the backbone's with exactly the state's folds.
+
+        Raises:
+            AdapterMismatchError: if the adapter does not fit.
+            StudyError: if a fold does not fit.
+        """
+        self._base.fold(state.folds)
+        self.load(state.adapter_P)
+
     def encode(self, image_B3HW: Tensor) -> Tensor:
         """Features after the frozen prefix, without gradient; independent of the adapter."""
         # In full precision wherever it is called: features are kept, and must not depend on who asked first.
@@ -109,17 +122,21 @@ class AdaptedModel:
         if self._peft.training != mode:  # the modules below switch together, and there may be thousands
             self._peft.train(mode)
 
-    def save(self, folder: Path, adapter_P: Tensor) -> None:
-        """Write ``adapter_P`` as a standard PEFT folder, which ``PeftModel.from_pretrained`` reads.
+    def save(self, folder: Path, state: ModelState) -> None:
+        """Write a state as a standard PEFT folder, which ``PeftModel.from_pretrained`` reads onto the plain backbone.
 
+        Folds become part of the adapter: its rank grows by that of every fold, up to the smaller side of each layer.
         The adapter in place is put back afterwards.
         """
         before_P = self.read()
-        self.load(adapter_P)
+        self.load(state.adapter_P)
         try:
             self._peft.save_pretrained(str(folder))
         finally:
             self.load(before_P)
+        if state.folds:
+            adapter = self.manifest.unflatten(state.adapter_P)
+            add_folds(folder, stacked([*(fold.pairs for fold in state.folds), adapter]))
 
 
 def _attach_adapter(backbone: nn.Module, entry: Backbone, study: StudyConfig) -> Any:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies.fedit import FedIT
 
 from medfed.adapter_manifest import AdapterManifest
-from strategies.fedit import FedIT
 from strategies.strategy import Phase, Stat, everything
 from strategies.weighted_sum import aggregate
 

@@ -1,0 +1,135 @@
+"""A study's strategy: a rule, how sites train, what they keep, and how the server steps, put together.
+
+One round, with where each part has its say::
+
+    state --rule.gauge--> state --> sites: personal.passes, local.pull, phase.stats --> sums
+    sums --local.combine--> mean change --server.step--> change --rule.post--> next state
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from medfed.adapter_manifest import AdapterManifest, TensorSpec
+from strategies.local_method import LocalMethod
+from strategies.personal import Personalisation
+from strategies.server_optimizer import ServerOptimizer
+from strategies.strategy import DELTA, IndividualRule, Phase, Rule, State, Tree
+
+_SERVER = "server:"
+"""Begins the names of what the server's optimiser remembers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Strategy:
+    """All parts of a study's strategy; pure, like its parts.
+
+    Attributes:
+        rule: what trains, and how the mean change becomes the next state.
+        local: how sites train.
+        personal: what they keep.
+        server: how the server steps.
+        sites_differ: whether sites may keep something of their own; not where one trains for all.
+    """
+
+    rule: Rule
+    local: LocalMethod
+    personal: Personalisation
+    server: ServerOptimizer
+    sites_differ: bool = True
+
+    @property
+    def needs_individuals(self) -> bool:
+        """Whether the server must see what each site sent."""
+        return isinstance(self.rule, IndividualRule)
+
+    @property
+    def remembers_at_sites(self) -> bool:
+        """Whether sites keep something between rounds."""
+        return (
+            any(self.plan(number).stays for number in (1, 2))
+            or self.trains_its_own
+            or type(self.local).remember is not LocalMethod.remember
+        )
+
+    @property
+    def trains_its_own(self) -> bool:
+        """Whether each site also trains a model of its own, which never leaves it."""
+        return self.sites_differ and self.personal.trains_its_own
+
+    def start(self, adapter: Tree) -> State:
+        """The state before the first round, from the adapter as the model has it."""
+        return self.local.start(self.plan(1).shared.manifest, self.rule.start(adapter))
+
+    def gauge(self, round_number: int, state: State) -> State:
+        """The state that a round begins with."""
+        return self.rule.gauge(round_number, state)
+
+    def plan(self, round_number: int) -> Phase:
+        """The phase of a round, from 1 on."""
+        return _planned(self, round_number)
+
+    def told_after(self, round_number: int) -> AdapterManifest | None:
+        """What sites are told beside the adapter when they evaluate what came of a round; 0 for before the first."""
+        shared = self.plan(max(1, round_number)).shared.manifest
+        return _told(self.rule.told_after(round_number), self.local.broadcast(shared), self.rule.manifest)
+
+    def post(self, round_number: int, state: State, statistics: Tree, participation: float) -> State:
+        """The next state from a round's aggregated statistics.
+
+        Args:
+            round_number: from 1 on.
+            state: as :meth:`gauge` left it.
+            statistics: from :meth:`~strategies.strategy.Phase.statistics`.
+            participation: public weight of the sites that took part, over that of all sites.
+        """
+        combined = self.local.combine(state, statistics, participation)
+        return self._stepped(round_number, combined.state, combined.delta)
+
+    def merge(self, round_number: int, state: State, deltas: Mapping[str, Tree], weights: Mapping[str, float]) -> State:
+        """The next state from each site's change, for a rule that needs them."""
+        assert isinstance(self.rule, IndividualRule)
+        return self.rule.merge(round_number, state, deltas, weights)
+
+    def _stepped(self, round_number: int, state: State, delta: Tree) -> State:
+        remembered = {
+            name.removeprefix(_SERVER): tensor for name, tensor in state.memory.items() if name.startswith(_SERVER)
+        }
+        change, memory = self.server.step(delta, remembered)
+        others = {name: tensor for name, tensor in state.memory.items() if not name.startswith(_SERVER)}
+        kept = {f"{_SERVER}{name}": tensor for name, tensor in memory.items()}
+        return self.rule.post(round_number, replace(state, memory={**others, **kept}), change)
+
+
+@lru_cache(maxsize=64)
+def _planned(strategy: Strategy, round_number: int) -> Phase:
+    rule, local, personal = strategy.rule, strategy.local, strategy.personal
+    trainable = rule.trainable(round_number)
+    stays = frozenset(
+        name for name in trainable.parts if strategy.sites_differ and (rule.stays(name) or personal.stays(name))
+    )
+    phase = Phase(
+        trainable,
+        stats=(DELTA,) if isinstance(rule, IndividualRule) else local.stats,
+        stays=stays,
+        passes=len(personal.passes(trainable)),
+        needs_start_loss=local.needs_start_loss,
+    )
+    told = _told(rule.told_in(round_number), local.broadcast(phase.shared.manifest), rule.manifest)
+    return replace(phase, broadcast=told)
+
+
+def _told(
+    by_rule: AdapterManifest | None, by_local: Mapping[str, tuple[int, ...]], like: AdapterManifest
+) -> AdapterManifest | None:
+    """One manifest of all that sites are told beside the adapter."""
+    specs = [
+        *(by_rule.tensors if by_rule else ()),
+        *(TensorSpec(name=name, shape=shape) for name, shape in by_local.items()),
+    ]
+    if not specs:
+        return None
+    ordered = tuple(sorted(specs, key=lambda spec: spec.name))
+    return AdapterManifest(method=like.method, rank=like.rank, tensors=ordered)
