@@ -20,7 +20,6 @@ from typing import Any
 from torch import Tensor
 
 from medfed.study import StudyConfig, read_study
-from medfed.study_sections import StrategyConfig
 from server import rounds
 from server.checkpoint import Checkpoint
 from simulation.bench.rows import this_machine
@@ -101,7 +100,7 @@ def main() -> None:
             adapters[masked] = watched.adapters[0]
             study = resolved if masked else study
     assert study is not None
-    channel = SecureChannel.training(study, 1, strategy_of(StrategyConfig()).plan(1))
+    channel = SecureChannel.training(study, 1, strategy_of(study).plan(1))
     plain_s, masked_s = statistics.median(seconds[False]), statistics.median(seconds[True])
     print(
         json.dumps(

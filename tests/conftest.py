@@ -195,6 +195,7 @@ def open_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
             "ledger_key": str(key),
             "identities": str(tmp_path / "identities"),
             "journals": str(tmp_path / "journals"),
+            "memories": str(tmp_path / "memories"),
             "noise_seed": noise_seed,
             "sites": [{"name": site.name, "manifests": [str(site.data)]} for site in study.sites],
         }

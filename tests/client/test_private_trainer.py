@@ -30,6 +30,7 @@ from privacy.per_sample.engine import Batch, Engine
 from privacy.plan import PrivacyPlan
 from privacy.randomness import RandomStream
 from privacy.sampling import draw_images, draw_patients
+from strategies.subspace import Subspace, Whole
 
 # Legend: B samples, P adapter parameters.
 
@@ -64,15 +65,20 @@ class World:
             start += size
         return tuple(units)
 
-    def engine(self, trainable: Callable[[str], bool] = lambda _: True) -> Engine:
+    def engine(self, trains: Callable[[str], bool] = lambda _: True) -> Engine:
+        """For the tensors whose names ``trains`` accepts."""
         return checked_engine(
             self.model,
             task_of(self.study.task),
             self.study,
-            trainable=trainable,
+            trainable=self.whole(trains),
             example=self.items[0],
             features=FeatureCache(),
         )
+
+    def whole(self, trains: Callable[[str], bool]) -> Subspace:
+        """The tensors whose names ``trains`` accepts, whole."""
+        return Subspace.of(self.model.manifest, lambda spec: Whole() if trains(spec.name) else None)
 
     def start(self) -> Tensor:
         """An adapter at which no gradient is zero."""
@@ -80,8 +86,10 @@ class World:
         return self.model.initial_P + 0.05 * torch.randn(self.model.initial_P.shape, generator=generator)
 
     def train(self, units: Sequence[Unit], *, seed: int = 0, **options: Any) -> PrivateTrainResult:
+        engine = options.pop("engine", None) or self.engine()
         given: dict[str, Any] = {
-            "engine": options.pop("engine", None) or self.engine(),
+            "engine": engine,
+            "trainable": self.whole(engine.parameters.__contains__),
             "start_P": self.start(),
             "declared_units": DECLARED,
             "features": FeatureCache(),
@@ -99,7 +107,8 @@ class World:
         self.model.train()
         engine = engine or self.engine()
         task = task_of(self.study.task)
-        return _clipped_sum(drawn, self.model, task, config, self.plan, engine, FeatureCache(), stream)
+        trainable = self.whole(engine.parameters.__contains__)
+        return _clipped_sum(drawn, self.model, task, config, self.plan, engine, trainable, FeatureCache(), stream)
 
 
 MakeWorld = Callable[..., World]

@@ -11,8 +11,10 @@ from client.features import FeatureCache
 from client.trainer import TrainResult, evaluate_locally, train_locally
 from medfed.errors import AdapterMismatchError, DivergedError
 from medfed.models.adapted import AdaptedModel, adapted_model
+from medfed.models.folding import ModelState
 from medfed.study import StudyConfig
 from medfed.tasks import task_of
+from strategies.subspace import Subspace, Whole
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def cohort(study: StudyConfig, model: AdaptedModel) -> Cohort:
 def run(study: StudyConfig, model: AdaptedModel, cohort: Cohort, *, seed: int = 0, **options: object) -> TrainResult:
     settings: dict = {
         "start_P": model.initial_P,
-        "trainable": lambda _: True,
+        "trainable": Subspace.everything(model.manifest),
         "features": FeatureCache(),
         **options,
     }
@@ -96,7 +98,8 @@ def test_held_tensors_stay_bit_for_bit(make_study: Callable[..., StudyConfig]) -
     assert study.sites[0].data is not None
     cohort = load_cohort("north", [study.sites[0].data], study.task, model.pixels)
     start_P = torch.randn(model.manifest.num_elements, generator=torch.Generator().manual_seed(1))
-    result = run(study, model, cohort, start_P=start_P, trainable=lambda name: "lora_B" in name)
+    b_alone = Subspace.of(model.manifest, lambda spec: Whole() if "lora_B" in spec.name else None)
+    result = run(study, model, cohort, start_P=start_P, trainable=b_alone)
     before, after = model.manifest.unflatten(start_P), model.manifest.unflatten(result.adapter_P)
     assert all(torch.equal(before[name], after[name]) for name in before if "lora_A" in name)
     assert all(not torch.equal(before[name], after[name]) for name in before if "lora_B" in name)
@@ -104,7 +107,7 @@ def test_held_tensors_stay_bit_for_bit(make_study: Callable[..., StudyConfig]) -
 
 def test_phase_that_trains_nothing_is_refused(study: StudyConfig, model: AdaptedModel, cohort: Cohort) -> None:
     with pytest.raises(AdapterMismatchError, match="trainable"):
-        run(study, model, cohort, trainable=lambda _: False)
+        run(study, model, cohort, trainable=Subspace.of(model.manifest, lambda _: None))
 
 
 def test_diverged_training_is_refused_with_a_tensor_name(
@@ -136,7 +139,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(study: StudyConfig, model:
     trained = run(study, model, cohort).adapter_P
     task = task_of(study.task)
     results = [
-        evaluate_locally(model, task, cohort.items, adapter_P=trained, features=FeatureCache(), batch_size=size)
+        evaluate_locally(model, task, cohort.items, state=ModelState(trained), features=FeatureCache(), batch_size=size)
         for size in (1, 2, 5)
     ]
     assert set(results[0]) == {"dice", "dice/near", "dice/far"}
@@ -169,6 +172,6 @@ def test_metrics_of_a_class_that_never_occurs_are_left_out(
 
     empty = dataclass_replace(cohort.test[0], annotation=annotate(np.zeros((64, 64)), 2))
     metrics = evaluate_locally(
-        model, task_of(study.task), [empty], adapter_P=model.initial_P, features=FeatureCache(), batch_size=1
+        model, task_of(study.task), [empty], state=ModelState(model.initial_P), features=FeatureCache(), batch_size=1
     )
     assert metrics == {}

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 
 from medfed.models.adapted import AdaptedModel
+from medfed.models.folding import ModelState
 from medfed.models.registry import backbone_of
 from medfed.models.staged import StagedBackbone, count_frozen_stages
 from medfed.study import StudyConfig
@@ -86,7 +87,7 @@ def test_backbone_keeps_its_contract(name: str, sha256: str, task: dict[str, Any
 
     # It is built from the seed alone, and stored as a standard PEFT folder.
     assert torch.equal(AdaptedModel(study, torch.device("cpu")).initial_P, model.initial_P)
-    model.save(tmp_path / "adapter", other_P)
+    model.save(tmp_path / "adapter", ModelState(other_P))
     bare = AdaptedModel(study, torch.device("cpu"))._peft.unload()
     loaded = PeftModel.from_pretrained(bare, str(tmp_path / "adapter")).eval()
     inner = AdaptedModel.__new__(AdaptedModel)

@@ -14,6 +14,7 @@ from medfed.errors import DeviceError
 from medfed.models.adapted import AdaptedModel
 from medfed.study import StudyConfig
 from medfed.tasks import task_of
+from strategies.subspace import Subspace
 
 
 def test_auto_takes_cuda_if_present_else_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +64,7 @@ def test_training_on_cuda_follows_the_cpu(make_study: Callable[..., StudyConfig]
             cohort.train,
             study.training.model_copy(update={"optimizer": "sgd"}),
             start_P=model.initial_P,
-            trainable=lambda _: True,
+            trainable=Subspace.everything(model.manifest),
             features=FeatureCache(),
             generator=torch.Generator().manual_seed(0),
         )

@@ -12,6 +12,7 @@ from PIL import Image
 
 from client.policy import SitePolicy
 from client.site import Site
+from medfed.models.folding import ModelState
 from medfed.models.pixels import PixelSpec
 from medfed.study import StudyConfig
 from simulation.overlays import displayable, draw_overlays
@@ -28,6 +29,9 @@ class StubModel:
         self.flat = torch.tensor([5.0])
         self.pixels, self.device, self.backbone = SPEC, torch.device("cpu"), self
         self.loaded: list[float] = []
+
+    def put(self, state):
+        self.load(state.adapter_P)
 
     def load(self, vector_P):
         self.flat = vector_P.clone()
@@ -115,12 +119,13 @@ def make_site(folder: Path, name: str, *, empty_first=False, no_structure=False,
         ledger_key=folder / "ledger.key",
         identity=folder / "identity",
         journal=folder / "journal",
+        memory=folder / "memory",
         noise_seed=None,
     )
 
 
 def draw(tmp_path: Path, study: StudyConfig, sites: list[Site], model: StubModel, adapter: float) -> list[dict]:
-    draw_overlays(tmp_path / "figures", study, sites, model, torch.tensor([adapter]))
+    draw_overlays(tmp_path / "figures", study, sites, model, lambda _site: ModelState(torch.tensor([adapter])))
     return json.loads((tmp_path / "figures/captions.json").read_text())
 
 

@@ -25,6 +25,7 @@ from simulation.grid import InProcessGrid
 from simulation.harness import simulate
 from simulation.privacy_summary import HELD_OUT, MASKED_ALONE
 from simulation.run_folder import metrics_of, stored_study
+from strategies.registry import strategy_of
 from strategies.secure_channel import SecureChannel
 
 MakeStudy = Callable[..., StudyConfig]
@@ -127,7 +128,7 @@ def test_adapter_is_that_of_the_plain_sum_to_the_quantisation_bound(
     secure = make_secure_study().replace(rounds={"num_rounds": 1})
     masked = simulate(study_file(secure), out=tmp_path / "masked", workers=0, baselines=False)
     plain = simulate(study_file(without_masks(secure)), out=tmp_path / "plain", workers=0, baselines=False)
-    channel = SecureChannel.training(stored_study(masked.folder), 1, _fedit_phase())
+    channel = _training_channel(stored_study(masked.folder))
     difference_P = checkpoint_of(masked.folder).adapter_P - checkpoint_of(plain.folder).adapter_P
     bound = channel.quantisation_bound(len(SITES))
     assert bound < 1e-6
@@ -138,11 +139,9 @@ def test_adapter_is_that_of_the_plain_sum_to_the_quantisation_bound(
             assert masked.summary.sites[site][name] == pytest.approx(columns, abs=1e-3)
 
 
-def _fedit_phase() -> Any:
-    from medfed.study_sections import StrategyConfig
-    from strategies.registry import strategy_of
-
-    return strategy_of(StrategyConfig()).plan(1)
+def _training_channel(study: StudyConfig) -> SecureChannel:
+    """Of the first round."""
+    return SecureChannel.training(study, 1, strategy_of(study).plan(1))
 
 
 @pytest.mark.process

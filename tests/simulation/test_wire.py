@@ -81,4 +81,4 @@ def test_instructions_hold_the_study_and_the_adapter_and_no_weights(
     payload_bytes = HEADER_BYTES + 4 * study.resolved_manifest.num_elements
     assert {size for key, size in sizes if key == "adapter"} == {0, payload_bytes}
     assert {size for key, size in sizes if key == "study"} == {len(study.canonical)}
-    assert {key for key, _ in sizes} == {"header", "study", "adapter", "secure"}
+    assert {key for key, _ in sizes} == {"header", "study", "adapter", "broadcast", "secure"}

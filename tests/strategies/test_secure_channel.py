@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from medfed.errors import PrivacyError, SecureAggregationError
 from medfed.models.adapted import resolve
 from medfed.study import StudyConfig
-from medfed.study_sections import StrategyConfig
 from privacy.plan import PrivacyPlan
 from strategies.registry import strategy_of
 from strategies.secure_channel import METRIC_BOUND, SecureChannel
@@ -49,7 +48,7 @@ def shared(study: StudyConfig) -> StudyConfig:
 
 
 def training(study: StudyConfig, round_number: int = 1) -> SecureChannel:
-    return SecureChannel.training(study, round_number, strategy_of(StrategyConfig()).plan(round_number))
+    return SecureChannel.training(study, round_number, strategy_of(study).plan(round_number))
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -8,6 +8,7 @@ import torch
 
 from medfed.errors import StudyError
 from medfed.models.adapted import AdaptedModel, load_adapter
+from medfed.models.folding import ModelState
 from medfed.models.registry import backbone_of
 from medfed.study import StudyConfig, parse_study
 
@@ -42,7 +43,7 @@ def test_only_heads_may_travel_and_the_whole_backbone_is_cacheable() -> None:
 def test_saved_heads_come_back_through_peft(tmp_path: Path) -> None:
     model = AdaptedModel(study(), CPU)
     adapter_P = model.initial_P + torch.arange(len(model.initial_P))
-    model.save(tmp_path, adapter_P)
+    model.save(tmp_path, ModelState(adapter_P))
     generator = torch.Generator().manual_seed(0)
     back = load_adapter(tmp_path, backbone_of(study().backbone).build(study().task, generator))
     image_B3HW = torch.randn(1, 3, 28, 28)
