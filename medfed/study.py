@@ -90,6 +90,7 @@ class StudyConfig(Section):
                 raise ValueError(f"cohort {self.cohort.kind!r} is a {expected} cohort, task.kind is {self.task.kind!r}")
         self._check_training()
         self._check_secure_aggregation()
+        self._check_strategy()
         for site in self.sites:
             self._check_site(site)
         return self
@@ -140,6 +141,26 @@ class StudyConfig(Section):
         if is_shared and self.training.optimizer != "sgd":
             raise ValueError(
                 "trust = 'consortium' needs training.optimizer = 'sgd': the step is taken on the sum; change it"
+            )
+
+    def _check_strategy(self) -> None:
+        """What needs the sections alone; whether parts of a strategy go together is for those who know them."""
+        if not self.strategy.shrinkage:
+            return
+        if self.privacy is None or self.privacy.trust == "none":
+            raise ValueError(
+                "strategy.shrinkage needs [privacy] with noise: it takes out what noise of a known size explains; "
+                "remove it"
+            )
+        if self.training.optimizer != "sgd":
+            raise ValueError(
+                f"strategy.shrinkage needs training.optimizer = 'sgd', got {self.training.optimizer!r}, after which "
+                "the size of the noise is no longer known; change it"
+            )
+        if self.strategy.local is not None:
+            raise ValueError(
+                f"strategy.shrinkage needs plain local training, got strategy.local.method = "
+                f"{self.strategy.local.method!r}, after which the size of the noise is no longer known; remove one"
             )
 
     def _check_site(self, site: SiteConfig) -> None:
@@ -315,7 +336,11 @@ def _validate(data: dict[str, Any], origin: str) -> StudyConfig:
         raise StudyError(_first_problem(error, origin)) from None
 
 
-_UNION_TAGS = ("segmentation", "classification", "lora", "heads")
+_UNION_TAGS = (
+    *("segmentation", "classification", "lora", "heads", "full"),
+    *("fedprox", "scaffold", "fednova", "feddyn", "q-fedavg", "fedbn", "fedrep", "site-adapter", "ditto"),
+    *("fedavgm", "fedadagrad", "fedyogi", "fedadam"),
+)
 """What pydantic puts into the path of a key inside a section of several kinds; no part of the file."""
 
 
@@ -329,8 +354,15 @@ def _first_problem(error: ValidationError, origin: str) -> str:
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
         close = difflib.get_close_matches(key, _all_keys(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "; remove it."
+        hint = f"; did you mean {close[0]!r}?" if close and close[0] != key else "; remove it."
         return f"{origin}: unknown key {where!r}{hint}{rest}"
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        context = first["ctx"]
+        key, got = context["discriminator"].strip("'"), context.get("tag")
+        expected = context.get("expected_tags")
+        return (
+            f"{origin}: {where}.{key}: {f'expected one of {expected}, got {got!r}' if expected else 'is missing'}{rest}"
+        )
     message = str(first["msg"]).removeprefix("Value error, ")
     got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
     return f"{origin}: {where or 'study'}: {message}{got}{rest}"

@@ -47,12 +47,15 @@ class LoraAdapterConfig(Section):
         alpha: LoRA alpha; the update is scaled by alpha / r.
         targets: a preset of the backbone (``decoder-attention``, ``last-quarter``, ...) or ``regex:`` and an
             expression that module names must match in full.
+        train_norms: whether LayerNorms train too, from the first stage on that holds an update; what comes before
+            stays frozen and cached.
     """
 
     method: Literal["lora"]
     rank: Annotated[int, Field(ge=1, le=256)]
     alpha: Annotated[float, Field(gt=0)]
     targets: Annotated[str, Field(min_length=1)]
+    train_norms: bool = False
 
     @field_validator("targets")
     @classmethod
@@ -67,7 +70,8 @@ class LoraAdapterConfig(Section):
     @property
     def in_words(self) -> str:
         """One phrase for reports."""
-        return f"lora of rank {self.rank}, alpha {self.alpha:g}, on {self.targets}"
+        norms = ", with LayerNorms" if self.train_norms else ""
+        return f"lora of rank {self.rank}, alpha {self.alpha:g}, on {self.targets}{norms}"
 
 
 class HeadsAdapterConfig(Section):
@@ -85,7 +89,24 @@ class HeadsAdapterConfig(Section):
         return "heads only"
 
 
-AdapterConfig = Annotated[LoraAdapterConfig | HeadsAdapterConfig, Field(discriminator="method")]
+class FullAdapterConfig(Section):
+    """Linear layers in full, and the backbone's fresh heads: the reference that low-rank adapters are measured by.
+
+    Attributes:
+        method: ``full``.
+        targets: as for LoRA.
+    """
+
+    method: Literal["full"]
+    targets: Annotated[str, Field(min_length=1)]
+
+    @property
+    def in_words(self) -> str:
+        """One phrase for reports."""
+        return f"full fine-tuning of {self.targets}"
+
+
+AdapterConfig = Annotated[LoraAdapterConfig | HeadsAdapterConfig | FullAdapterConfig, Field(discriminator="method")]
 """The small part that is trained and travels."""
 
 
@@ -270,6 +291,129 @@ class RoundsConfig(Section):
     evaluate_every: Annotated[int, Field(ge=1)] | None = None
 
 
+class ProximalLocalConfig(Section):
+    """FedProx (Li et al. 2020): sites are pulled back to where the round began.
+
+    Attributes:
+        method: ``fedprox``.
+        mu: strength of the pull, per step; 0 is plain training.
+    """
+
+    method: Literal["fedprox"]
+    mu: Annotated[float, Field(ge=0)]
+
+
+class PlainLocalConfig(Section):
+    """A local method without numbers of its own.
+
+    Attributes:
+        method: ``scaffold`` (Karimireddy et al. 2020) corrects each site's drift; ``fednova`` (Wang et al. 2020) makes
+            sites count alike that take different numbers of steps.
+    """
+
+    method: Literal["scaffold", "fednova"]
+
+
+class DynamicLocalConfig(Section):
+    """FedDyn (Acar et al. 2021): each site's objective is regularised so that its optimum is the federation's.
+
+    Attributes:
+        method: ``feddyn``.
+        alpha: strength of the regulariser.
+    """
+
+    method: Literal["feddyn"]
+    alpha: Annotated[float, Field(gt=0)]
+
+
+class FairLocalConfig(Section):
+    """q-FedAvg (Li et al. 2020): sites with a higher loss count more.
+
+    Attributes:
+        method: ``q-fedavg``.
+        q: how much more; 0 is plain averaging.
+    """
+
+    method: Literal["q-fedavg"]
+    q: Annotated[float, Field(ge=0)]
+
+
+LocalConfig = Annotated[
+    ProximalLocalConfig | PlainLocalConfig | DynamicLocalConfig | FairLocalConfig, Field(discriminator="method")
+]
+"""How sites train locally, where it is not plain training."""
+
+
+class PlainPersonalConfig(Section):
+    """A personalisation without numbers of its own.
+
+    Attributes:
+        method: ``fedbn`` (Li et al. 2021): layers of normalisation stay at their site. ``fedrep`` (Collins et al.
+            2021): heads stay, and train before the rest does. ``site-adapter``: each site adds an adapter of its own
+            to the shared one.
+    """
+
+    method: Literal["fedbn", "fedrep", "site-adapter"]
+
+
+class DittoPersonalConfig(Section):
+    """Ditto (Li et al. 2021): each site also trains a model of its own, pulled towards the shared one.
+
+    Attributes:
+        method: ``ditto``.
+        proximal: strength of the pull, lambda in the paper; 0 is training alone.
+    """
+
+    method: Literal["ditto"]
+    proximal: Annotated[float, Field(ge=0)]
+
+
+PersonalConfig = Annotated[PlainPersonalConfig | DittoPersonalConfig, Field(discriminator="method")]
+"""What sites keep for themselves."""
+
+
+class MomentumServerConfig(Section):
+    """FedAvgM (Hsu et al. 2019).
+
+    Attributes:
+        optimizer: ``fedavgm``.
+        learning_rate: of the server; 1 makes a change as large as the sites' mean change.
+        momentum: how much of the step before is added to each.
+    """
+
+    optimizer: Literal["fedavgm"]
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class AdaptiveServerConfig(Section):
+    """FedAdagrad, FedYogi or FedAdam (Reddi et al. 2021, Algorithm 2); defaults as the paper recommends.
+
+    Attributes:
+        optimizer: which of them.
+        learning_rate: of the server, eta.
+        beta_1: of the first moment; 0 for ``fedadagrad`` if left out, else 0.9.
+        beta_2: of the second moment; 0.99 if left out. Not for ``fedadagrad``, which adds up.
+        tau: adaptivity; added to the root of the second moment.
+    """
+
+    optimizer: Literal["fedadagrad", "fedyogi", "fedadam"]
+    learning_rate: Annotated[float, Field(gt=0)]
+    beta_1: Annotated[float, Field(ge=0, lt=1)] | None = None
+    beta_2: Annotated[float, Field(ge=0, lt=1)] | None = None
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+
+    @model_validator(mode="after")
+    def _adagrad_adds_up(self) -> AdaptiveServerConfig:
+        if self.optimizer == "fedadagrad" and self.beta_2 is not None:
+            raise ValueError("beta_2 has no meaning for 'fedadagrad', which adds squares up; remove it")
+        return self
+
+
+ServerConfig = Annotated[MomentumServerConfig | AdaptiveServerConfig, Field(discriminator="optimizer")]
+"""How the server steps along the mean change."""
+
+
 class StrategyConfig(Section):
     """Which tensors travel and how their sums become the next global adapter.
 
@@ -277,11 +421,19 @@ class StrategyConfig(Section):
         name: a registered strategy.
         weighting: ``examples`` weighs a site by its number of training images, ``uniform`` does not.
         hold_frames: rounds for which frames stay, for ``ffa-fresh`` and ``twin-fresh``; one if left out.
+        local: how sites train; plain training if left out.
+        personal: what sites keep for themselves; nothing if left out.
+        server: how the server steps; by the mean change itself if left out.
+        shrinkage: whether singular values of the mean change that its noise explains are taken out; needs [privacy].
     """
 
     name: Name = "fedit"
     weighting: Literal["examples", "uniform"] = "examples"
     hold_frames: Annotated[int, Field(ge=1)] | None = None
+    local: LocalConfig | None = None
+    personal: PersonalConfig | None = None
+    server: ServerConfig | None = None
+    shrinkage: bool = False
 
 
 class CohortConfig(Section):

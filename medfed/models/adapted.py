@@ -6,6 +6,7 @@ out and taking an optimiser step are each a single operation on that buffer, wha
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,7 +23,7 @@ from medfed.models.pixels import PixelSpec
 from medfed.models.registry import Backbone, backbone_of
 from medfed.models.staged import count_frozen_stages
 from medfed.study import StudyConfig
-from medfed.study_sections import LoraAdapterConfig
+from medfed.study_sections import FullAdapterConfig, HeadsAdapterConfig, LoraAdapterConfig
 
 
 class AdaptedModel:
@@ -140,13 +141,14 @@ class AdaptedModel:
 
 
 def _attach_adapter(backbone: nn.Module, entry: Backbone, study: StudyConfig) -> Any:
-    """Freeze the backbone but for copies of its heads, and inject LoRA if the study says so.
+    """Freeze the backbone but for copies of its heads and norms, and inject LoRA if the study says so.
 
-    LoRA's A is drawn from the study's seed, B is zero; heads start as the backbone has them.
+    LoRA's A is drawn from the study's seed, B is zero; heads and norms start as the backbone has them.
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(modules_to_save=list(entry.heads) or None, **_lora_arguments(entry, study))
+    saved = [*entry.heads, *_trained_norms(backbone, entry, study), *_layers_in_full(backbone, entry, study)]
+    config = LoraConfig(modules_to_save=saved or None, **_lora_arguments(entry, study))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(study.seed, "adapter"))
         try:
@@ -157,6 +159,50 @@ def _attach_adapter(backbone: nn.Module, entry: Backbone, study: StudyConfig) ->
             ) from None
     _call_trained_heads_directly(backbone)
     return peft_model
+
+
+def _trained_norms(backbone: Any, entry: Backbone, study: StudyConfig) -> list[str]:
+    """Names of the LayerNorms that train.
+
+    A BatchNorm never does: it is frozen by contract, and its statistics would couple the patients of a batch.
+
+    Raises:
+        StudyError: if the study wants them to, and there is none.
+    """
+    if not isinstance(study.adapter, LoraAdapterConfig) or not study.adapter.train_norms:
+        return []
+    targets = re.compile(entry.target_expression(study.adapter.targets))
+    modules: dict[str, nn.Module] = dict(backbone.named_modules())
+    first = count_frozen_stages(backbone.stages, [name for name in modules if targets.fullmatch(name)])
+    stages = tuple(f"{stage}." for stage in backbone.stages[first:])
+    norms = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.LayerNorm) and module.elementwise_affine and f"{name}.".startswith(stages)
+    ]
+    if not norms:
+        raise StudyError(
+            f"Expected LayerNorms in {study.backbone.name} from the first adapted stage on for adapter.train_norms, "
+            "got none; remove it, or choose other targets."
+        )
+    return norms
+
+
+def _layers_in_full(backbone: nn.Module, entry: Backbone, study: StudyConfig) -> list[str]:
+    """Names of the linear layers that train in full, beside the heads.
+
+    Raises:
+        StudyError: if the study wants some and the targets name none.
+    """
+    if not isinstance(study.adapter, FullAdapterConfig):
+        return []
+    targets = re.compile(entry.target_expression(study.adapter.targets))
+    found = [
+        name for name, module in backbone.named_modules() if isinstance(module, nn.Linear) and targets.fullmatch(name)
+    ]
+    if not found:
+        raise StudyError(f"Expected adapter.targets of linear layers, got {study.adapter.targets!r}, which names none.")
+    return found
 
 
 def _call_trained_heads_directly(backbone: nn.Module) -> None:
@@ -179,7 +225,7 @@ def _lora_arguments(entry: Backbone, study: StudyConfig) -> dict[str, Any]:
             "lora_alpha": study.adapter.alpha,
             "target_modules": entry.target_expression(study.adapter.targets),
         }
-    if not entry.heads:
+    if isinstance(study.adapter, HeadsAdapterConfig) and not entry.heads:
         raise StudyError(
             f"Expected a backbone with fresh heads for adapter.method = 'heads', got {study.backbone.name}; use 'lora'."
         )
