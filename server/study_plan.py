@@ -126,7 +126,7 @@ class Traffic(_Numbers):
 
     Attributes:
         round_up: site to server, each training round.
-        round_down: server to site, likewise.
+        round_down: server to site, likewise; in the last round, as rules with fresh frames tell more and more.
         keys_up: site to server, once for so many sums as ``sums_per_keys``; 0 without secure aggregation.
         keys_down: server to site, likewise.
         sums_per_keys: training rounds and evaluations that one exchange of keys serves.
@@ -227,6 +227,9 @@ def traffic_of(study: StudyConfig) -> Traffic:
     """
     phase = strategy_of(study).plan(1)
     adapter = HEADER_BYTES + _ELEMENT_BYTES * study.resolved_manifest.num_elements
+    told = strategy_of(study).plan(study.rounds.num_rounds).broadcast
+    if told is not None:
+        adapter += HEADER_BYTES + _ELEMENT_BYTES * told.num_elements
     if not study.sums_securely:
         up = HEADER_BYTES + _ELEMENT_BYTES * phase.upload_manifest.num_elements
         return Traffic(round_up=up, round_down=adapter + len(study.canonical), keys_up=0, keys_down=0, sums_per_keys=0)

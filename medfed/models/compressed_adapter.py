@@ -1,0 +1,83 @@
+"""An adapter folder of lower rank: the best approximation of each layer's update, and how good it is.
+
+A study whose rule folds updates into the base ends with an adapter whose rank has grown. Where that is too large to
+keep or to serve, the largest singular values of each update are kept; how much is lost is measured, not promised.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from medfed.errors import StudyError
+from medfed.models.folding import compressed
+from medfed.models.peft_folder import add_folds
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """One layer's update before and after.
+
+    Attributes:
+        layer: its name in the file.
+        rank: of the update as it was.
+        kept: rank that was kept.
+        norm: Frobenius norm of B A as it was, without the scale.
+        lost: Frobenius norm of what is lost; norm and lost are of the same matrix, so their ratio is the error.
+    """
+
+    layer: str
+    rank: int
+    kept: int
+    norm: float
+    lost: float
+
+
+def compress(folder: Path, out: Path, rank: int) -> list[CompressedLayer]:
+    """Write a copy of a PEFT folder whose LoRA layers have at most a rank; the same scale, all else as it was.
+
+    Args:
+        folder: an adapter of PEFT.
+        out: a folder that does not exist yet.
+        rank: at least 1.
+
+    Returns:
+        What it cost, layer by layer.
+
+    Raises:
+        StudyError: if the folder holds no adapter with LoRA layers, or ``out`` exists.
+    """
+    try:
+        tensors = load_file(folder / _WEIGHTS)
+        json.loads((folder / _CONFIG).read_text())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise StudyError(f"Expected an adapter folder at {folder}, got: {error}; check the path.") from None
+    layers = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
+    if not layers:
+        raise StudyError(f"Expected LoRA layers in {folder}, got none; there is nothing to compress.")
+    if out.exists():
+        raise StudyError(f"Expected a new folder to write to, got {out}, which exists; name another.")
+    pairs, facts = {}, []
+    for layer in layers:
+        b, a = tensors[f"{layer}{_B}"].double(), tensors[f"{layer}{_A}"].double()
+        kept = min(rank, b.shape[1])
+        pairs[layer] = (b, a) if kept == b.shape[1] else compressed(b, a, kept)
+        lost = b @ a - pairs[layer][0] @ pairs[layer][1]
+        facts.append(CompressedLayer(layer, b.shape[1], kept, float((b @ a).norm()), float(lost.norm())))
+    shutil.copytree(folder, out)
+    add_folds(out, pairs)
+    return facts
+
+
+def relative_error(layers: list[CompressedLayer]) -> float:
+    """Norm of all that is lost over the norm of all updates; 0 for an update of zeros."""
+    norm = sum(layer.norm**2 for layer in layers) ** 0.5
+    return sum(layer.lost**2 for layer in layers) ** 0.5 / norm if norm else 0.0
