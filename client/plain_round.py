@@ -44,7 +44,7 @@ def plain_reply(
             batch_size=study.training.batch_size,
         )
     trained = TrainResult(start.adapter_P, loss=0.0, num_steps=0)
-    for trainable in start.strategy.personal.passes(start.phase.trainable):
+    for trainable in start.strategy.personal.passes(start.trainable):
         one = train_locally(
             model,
             task,
@@ -71,7 +71,7 @@ def _own_model(
     start: RoundStart, study: StudyConfig, model: AdaptedModel, site: Site, generator: torch.Generator
 ) -> Tensor:
     """The site's own model after a round of training; nothing of it leaves."""
-    personal, trainable = start.strategy.personal, start.phase.trainable
+    personal, trainable = start.strategy.personal, start.trainable
     begin_P = personal.own_start(start.adapter_P, start.memory)
     begin_Z, shared_Z = trainable.coordinates(begin_P), trainable.coordinates(start.adapter_P)
 

@@ -54,7 +54,7 @@ def private_reply(
     assert study.privacy is not None
     plan = PrivacyPlan.of_study(study).alone
     if not plan.is_private:
-        engine = engine_for(study, model, start.phase.trainable, site)
+        engine = engine_for(study, model, start.trainable, site)
         after_P, _ = _trained(instruction, start, study, model, engine, site, plan)
         return _remembered(instruction, start, study, site, after_P, plan)
 
@@ -63,7 +63,7 @@ def private_reply(
     if (stored := ledger.stored_reply(cohort, request)) is not None:
         _log.info("event=sent_again round=%d", instruction.round)
         return stored
-    engine = engine_for(study, model, start.phase.trainable, site)
+    engine = engine_for(study, model, start.trainable, site)
     with _charged(instruction, study, plan, request, site) as kept:
         after_P, facts = _trained(instruction, start, study, model, engine, site, plan)
         payload = _remembered(instruction, start, study, site, after_P, plan)
@@ -98,7 +98,7 @@ def shared_noise_reply(
         PrivacyError: if the phase tells more, or less, than the mean change; nothing was spent.
         MedfedError: as :func:`private_reply`.
     """
-    trainable = start.phase.trainable
+    trainable = start.trainable
     if not start.phase.is_mean_delta:
         raise PrivacyError(
             "Expected a strategy of which the mean change is all that travels with trust 'consortium', got another: "
@@ -211,7 +211,7 @@ def _trained(
         study.training,
         plan,
         engine=engine,
-        trainable=start.phase.trainable,
+        trainable=start.trainable,
         start_P=start.adapter_P,
         declared_units=declared,
         features=site.features,

@@ -21,8 +21,10 @@ from medfed.models.folding import Fold, ModelState
 from medfed.payload import decode_adapter, encode_adapter
 from medfed.study import StudyConfig
 from strategies.federation import Strategy
+from strategies.narrowed import trainable_of
 from strategies.registry import strategy_of
 from strategies.strategy import LocalResult, Phase, Tree
+from strategies.subspace import Subspace
 
 _OWN = "own:"
 """Begins the names of a site's own adapter tensors in its memory."""
@@ -49,7 +51,8 @@ class RoundStart:
 
     Attributes:
         strategy: of the study, in this federation.
-        phase: of the round.
+        phase: of the round; the same at all sites.
+        trainable: what of it this site trains; less where the study gives the site a smaller rank.
         shared: what the server sent.
         adapter_P: its adapter, with the site's own tensors in place.
         memory: what the site remembers of earlier rounds.
@@ -58,6 +61,7 @@ class RoundStart:
 
     strategy: Strategy
     phase: Phase
+    trainable: Subspace
     shared: SharedModel
     adapter_P: Tensor
     memory: Mapping[str, Tensor]
@@ -126,7 +130,8 @@ def begin_round(
     model.put(shared_state(strategy, shared.adapter_P, shared.broadcast))
     memory = site.memory(study, instruction.scope).before(instruction.round) if strategy.remembers_at_sites else {}
     adapter_P = _with_own(shared.adapter_P, study.resolved_manifest, memory)
-    return RoundStart(strategy, phase, shared, adapter_P, memory, study.training.learning_rate)
+    trainable = trainable_of(strategy.rule, phase, site.name)
+    return RoundStart(strategy, phase, trainable, shared, adapter_P, memory, study.training.learning_rate)
 
 
 def evaluated_state(instruction: RoundInstruction, fields: Fields, study: StudyConfig, site: Site) -> ModelState:

@@ -4,6 +4,7 @@
 
     MedfedError                     exit 1   anything below
     +-- StudyError                  exit 2   the study file, or what it points to, is wrong
+    |   +-- IndividualsError        exit 2   a strategy that must see single sites, where sums are secure; a TypeError
     +-- DataError                   exit 3   a cohort breaks the rules it must keep
     +-- WeightsError                exit 4   backbone weights are missing or not the ones the study names
     +-- MissingExtraError           exit 5   an optional extra is not installed
@@ -50,6 +51,12 @@ class StudyError(MedfedError):
 
     exit_code = 2
     public = "the study could not be read or is not the expected one"
+
+
+class IndividualsError(StudyError, TypeError):
+    """A strategy that needs each site's own update, in a study that opens nothing but sums: known by its type."""
+
+    public = "the study's strategy needs single updates, and secure aggregation opens sums alone"
 
 
 class DataError(MedfedError):

@@ -25,6 +25,7 @@ from medfed.study_sections import (
     AdapterConfig,
     BackboneConfig,
     CohortConfig,
+    LoraAdapterConfig,
     Name,
     PrivacyConfig,
     RoundsConfig,
@@ -93,6 +94,7 @@ class StudyConfig(Section):
         self._check_strategy()
         for site in self.sites:
             self._check_site(site)
+            self._check_rank(site)
         return self
 
     def _check_training(self) -> None:
@@ -189,6 +191,20 @@ class StudyConfig(Section):
                 raise ValueError(f"site {site.name!r}: has 'data' although [cohort] simulates it; remove one of them")
             if missing := [key for key, value in recipe.items() if value is None]:
                 raise ValueError(f"site {site.name!r}: {missing[0]} is missing; a simulated site needs it")
+
+    def _check_rank(self, site: SiteConfig) -> None:
+        if site.rank is None:
+            return
+        most = self.adapter.rank if isinstance(self.adapter, LoraAdapterConfig) else None
+        if most is None:
+            raise ValueError(f"site {site.name!r}: rank belongs to adapter.method = 'lora'; remove it")
+        if site.rank > most:
+            raise ValueError(f"site {site.name!r}: rank is {site.rank}, above adapter.rank = {most}; lower it")
+        if self.privacy is not None and self.privacy.trust == "consortium":
+            raise ValueError(
+                f"site {site.name!r}: rank has no meaning with trust = 'consortium', where one step is taken on the "
+                "sum, noised everywhere; remove it, or set trust = 'site'"
+            )
 
     @cached_property
     def site_names(self) -> tuple[str, ...]:

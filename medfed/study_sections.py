@@ -424,6 +424,7 @@ class StrategyConfig(Section):
         local: how sites train; plain training if left out.
         personal: what sites keep for themselves; nothing if left out.
         server: how the server steps; by the mean change itself if left out.
+        probe: whether the error of averaging A and B apart is estimated every round, for ``fedit``; one number a layer.
         shrinkage: whether singular values of the mean change that its noise explains are taken out; needs [privacy].
     """
 
@@ -433,6 +434,7 @@ class StrategyConfig(Section):
     local: LocalConfig | None = None
     personal: PersonalConfig | None = None
     server: ServerConfig | None = None
+    probe: bool = False
     shrinkage: bool = False
 
 
@@ -464,6 +466,8 @@ class SiteConfig(Section):
             is made of.
         signing_key: Ed25519 public key of the site, 64 hexadecimal digits; for [secure_aggregation]. A simulation
             makes keys where there are none.
+        rank: for adapter.method = ``lora``: this site trains only the first so many of the adapter's ranks; all of
+            them if left out. For sites with less memory, or whose noise should fall on fewer numbers.
     """
 
     name: Name
@@ -474,6 +478,7 @@ class SiteConfig(Section):
     lesion_prevalence: Annotated[float, Field(ge=0, le=1)] | None = None
     declared_patients: Annotated[int, Field(ge=1)] | None = None
     signing_key: Digest | None = None
+    rank: Annotated[int, Field(ge=1)] | None = None
 
 
 def distinct(names: tuple[str, ...], what: str) -> tuple[str, ...]:

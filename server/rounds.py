@@ -24,8 +24,10 @@ from medfed.tasks import task_of
 from server.checkpoint import Checkpoint, metrics_line, read_checkpoint, write_checkpoint, write_metrics
 from server.exchange import Exchange, ModelPayload, exchange
 from server.secure_sums import SecureSums, SummedRound
+from strategies.naive_error import LARGE, NAIVE_ERROR
 from strategies.registry import strategy_of
 from strategies.secure_channel import SecureChannel
+from strategies.shrinkage import noise_std_of_mean
 from strategies.strategy import Phase, State
 from strategies.weighted_sum import weighted_sum
 
@@ -142,7 +144,7 @@ class _Loop:
                 return self._without_round(state, error)
             assert summed.sum.update_P is not None
             line = self._sum_line("train", number, summed)
-            return self._next(state, phase, summed.sum.update_P, summed.sum.weight, [line])
+            return self._next(state, phase, summed.sum.update_P, summed.sum.weight, summed.sites, [line])
         answered = self._ask("train", self._nodes(self._federation.train_sites), number, model)
         uploads: dict[str, Tensor] = {}
         for site, answer in answered.replies.items():
@@ -164,7 +166,7 @@ class _Loop:
             merged = self._strategy.merge(number, self._state(state), deltas, weights)
             return replace(self._checkpoint(state, merged), round=number, metrics=(*state.metrics, *lines))
         total_P = weighted_sum(uploads, state.weights, present)
-        return self._next(state, phase, total_P, sum(state.weights[site] for site in present), lines)
+        return self._next(state, phase, total_P, sum(state.weights[site] for site in present), present, lines)
 
     def _without_round(self, state: Checkpoint, error: LostRoundError) -> Checkpoint:
         """The state after a round whose sum is lost: the adapter stays as it was.
@@ -186,13 +188,26 @@ class _Loop:
         return self._checkpoint(empty, self._strategy.start(self._study.resolved_manifest.unflatten(initial_P)))
 
     def _next(
-        self, state: Checkpoint, phase: Phase, total_P: Tensor, weight: float, lines: Sequence[str]
+        self,
+        state: Checkpoint,
+        phase: Phase,
+        total_P: Tensor,
+        weight: float,
+        present: Sequence[str],
+        lines: Sequence[str],
     ) -> Checkpoint:
         """The state after a round whose uploads sum to this, over sites of this public weight."""
         number = state.round + 1
         statistics = phase.statistics(total_P, weight)
         participation = weight / sum(state.weights.values())
-        following = self._strategy.post(number, self._state(state), statistics, participation)
+        noise_std = 0.0
+        if self._study.strategy.shrinkage:
+            noise_std = noise_std_of_mean(self._study, present, self._federation.scope)
+        following = self._strategy.post(number, self._state(state), statistics, participation, noise_std=noise_std)
+        if (error := following.memory.get(NAIVE_ERROR)) is not None:
+            lines = [*lines, self._line("probe", number, ALL_SITES, {"naive_error": float(error)})]
+            if error > LARGE:
+                _log.warning("event=naive_error round=%d share_of_update=%.2f", number, error)
         return replace(self._checkpoint(state, following), round=number, metrics=(*state.metrics, *lines))
 
     def _state(self, checkpoint: Checkpoint) -> State:

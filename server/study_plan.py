@@ -146,7 +146,7 @@ class StudyPlan(_Numbers):
         study: name.
         trust: of its privacy section; None without one.
         num_sites: n.
-        num_parameters: P, elements of the adapter.
+        num_parameters: of the adapter, those that train in a round.
         num_rounds: of the study.
         unit: of privacy; None where nothing is promised.
         delta: likewise.
@@ -206,7 +206,7 @@ def plan_study(study: StudyConfig, *, possible_rounds: int | None = None) -> Stu
         study=study.name,
         trust=None if privacy is None else privacy.trust,
         num_sites=len(study.sites),
-        num_parameters=study.resolved_manifest.num_elements,
+        num_parameters=strategy_of(study).num_trained,
         num_rounds=study.rounds.num_rounds,
         unit=privacy.unit if privacy is not None and modes else None,
         delta=privacy.delta if privacy is not None and modes else None,
@@ -278,7 +278,7 @@ def _shown(quorum: Quorum) -> QuorumNumbers:
 def _mode(study: StudyConfig, plan: PrivacyPlan, quorum: Quorum | None) -> NoiseMode:
     assert plan.trust != "none"
     units = sorted(study.declared_units(site) or 0 for site in study.site_names)
-    num_parameters = study.resolved_manifest.num_elements
+    num_parameters = strategy_of(study).num_trained
     fewest = len(units) if quorum is None else quorum.min_sites
     alone = None
     if plan.trust == "site":

@@ -11,6 +11,7 @@ from medfed.study import POOLED_SITE, StudyConfig
 from privacy.ledger_chain import Spending
 from privacy.plan import PrivacyPlan
 from server.results import PrivacyStatement, SitePrivacy
+from strategies.registry import strategy_of
 
 NO_PRIVACY = (
     "Nothing here is private: updates are neither clipped, noised nor masked. "
@@ -104,7 +105,7 @@ def _site_privacy(study: StudyConfig, site: Site, plan: PrivacyPlan) -> SitePriv
 
 def _noise_to_signal(study: StudyConfig, plan: PrivacyPlan, declared: int) -> float:
     """Predicted for what is noised: a site's own sum, or the sum of all sites with all their shares."""
-    num_parameters = study.resolved_manifest.num_elements
+    num_parameters = strategy_of(study).num_trained
     if plan.min_honest is None:
         return plan.noise_to_signal(declared, num_parameters)
     everyone = sum(study.declared_units(site) or 0 for site in study.site_names)

@@ -3,7 +3,7 @@
 One round, with where each part has its say::
 
     state --rule.gauge--> state --> sites: personal.passes, local.pull, phase.stats --> sums
-    sums --local.combine--> mean change --server.step--> change --rule.post--> next state
+    sums --local.combine--> mean change --shrunk_change--> --server.step--> change --rule.post--> next state
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import torch
+
 from medfed.adapter_manifest import AdapterManifest, TensorSpec
-from strategies.local_method import LocalMethod
+from strategies.local_method import Combined, LocalMethod, with_memory
+from strategies.naive_error import NAIVE_ERROR, naive_error, naive_error_stat
 from strategies.personal import Personalisation
 from strategies.server_optimizer import ServerOptimizer
+from strategies.shrinkage import shrunk_change
 from strategies.strategy import DELTA, IndividualRule, Phase, Rule, State, Tree
 
 _SERVER = "server:"
@@ -32,6 +36,7 @@ class Strategy:
         personal: what they keep.
         server: how the server steps.
         sites_differ: whether sites may keep something of their own; not where one trains for all.
+        probes: whether the error of averaging A and B apart is estimated every round.
     """
 
     rule: Rule
@@ -39,6 +44,7 @@ class Strategy:
     personal: Personalisation
     server: ServerOptimizer
     sites_differ: bool = True
+    probes: bool = False
 
     @property
     def needs_individuals(self) -> bool:
@@ -53,6 +59,11 @@ class Strategy:
             or self.trains_its_own
             or type(self.local).remember is not LocalMethod.remember
         )
+
+    @property
+    def num_trained(self) -> int:
+        """Numbers that train in the first round: what clipping bounds and noise falls on."""
+        return self.plan(1).trainable.manifest.num_elements
 
     @property
     def trains_its_own(self) -> bool:
@@ -76,7 +87,9 @@ class Strategy:
         shared = self.plan(max(1, round_number)).shared.manifest
         return _told(self.rule.told_after(round_number), self.local.broadcast(shared), self.rule.manifest)
 
-    def post(self, round_number: int, state: State, statistics: Tree, participation: float) -> State:
+    def post(
+        self, round_number: int, state: State, statistics: Tree, participation: float, *, noise_std: float = 0.0
+    ) -> State:
         """The next state from a round's aggregated statistics.
 
         Args:
@@ -84,14 +97,26 @@ class Strategy:
             state: as :meth:`gauge` left it.
             statistics: from :meth:`~strategies.strategy.Phase.statistics`.
             participation: public weight of the sites that took part, over that of all sites.
+            noise_std: of the mean change, for shrinkage; 0 does not shrink.
         """
-        combined = self.local.combine(state, statistics, participation)
-        return self._stepped(round_number, combined.state, combined.delta)
+        probed = {name: tensor for name, tensor in statistics.items() if name.startswith(f"{NAIVE_ERROR}:")}
+        rest = {name: tensor for name, tensor in statistics.items() if name not in probed}
+        combined = self.local.combine(state, rest, participation)
+        if probed:
+            combined = self._with_probe(round_number, combined, probed)
+        return self._stepped(round_number, combined.state, shrunk_change(combined.delta, noise_std))
 
     def merge(self, round_number: int, state: State, deltas: Mapping[str, Tree], weights: Mapping[str, float]) -> State:
         """The next state from each site's change, for a rule that needs them."""
         assert isinstance(self.rule, IndividualRule)
         return self.rule.merge(round_number, state, deltas, weights)
+
+    def _with_probe(self, round_number: int, combined: Combined, probed: Tree) -> Combined:
+        before, seed = combined.state.adapter, self.rule.setting.seed
+        naive = {name: tensor + combined.delta.get(name, 0.0) for name, tensor in before.items()}
+        told = {name.removeprefix(f"{NAIVE_ERROR}:"): tensor for name, tensor in probed.items()}
+        error = torch.tensor([naive_error(before, naive, told, seed, round_number)])
+        return replace(combined, state=with_memory(combined.state, **{NAIVE_ERROR: error}))
 
     def _stepped(self, round_number: int, state: State, delta: Tree) -> State:
         remembered = {
@@ -110,9 +135,12 @@ def _planned(strategy: Strategy, round_number: int) -> Phase:
     stays = frozenset(
         name for name in trainable.parts if strategy.sites_differ and (rule.stays(name) or personal.stays(name))
     )
+    stats = (DELTA,) if isinstance(rule, IndividualRule) else local.stats
+    if strategy.probes:
+        stats = (*stats, naive_error_stat(rule.manifest, rule.setting.seed, round_number))
     phase = Phase(
         trainable,
-        stats=(DELTA,) if isinstance(rule, IndividualRule) else local.stats,
+        stats=stats,
         stays=stays,
         passes=len(personal.passes(trainable)),
         needs_start_loss=local.needs_start_loss,

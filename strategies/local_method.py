@@ -87,3 +87,8 @@ class LocalMethod:
 def with_memory(state: State, **changes: Tensor) -> State:
     """The state with some of the server's memory replaced."""
     return replace(state, memory={**state.memory, **changes})
+
+
+def with_broadcast(state: State, **changes: Tensor) -> State:
+    """The state with some of what sites are told replaced."""
+    return replace(state, broadcast={**state.broadcast, **changes})

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from medfed.adapter_manifest import AdapterManifest
 from medfed.canonical import derive_seed
+from medfed.errors import StudyError
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -74,7 +75,11 @@ def frame(rows: int, columns: int, *facts: str | int) -> Tensor:
         rows: length of a column, at least ``columns``.
         columns: how many.
         facts: what it is drawn from: the study's seed, a layer, a round.
+
+    Raises:
+        StudyError: if there are more columns than rows.
     """
+    _check_room(rows, columns)
     generator = torch.Generator().manual_seed(derive_seed(0, "frame", *facts))
     normal = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(normal)
@@ -88,12 +93,30 @@ def products(adapter: Mapping[str, Tensor], pairs: tuple[LoraPair, ...]) -> dict
 
 
 def with_orthonormal_a(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with orthonormal rows of A: A^T = Q R, so B A = (B R^T) Q^T."""
+    """The same product with orthonormal rows of A: A^T = Q R, so B A = (B R^T) Q^T.
+
+    Raises:
+        StudyError: if A has more rows than columns.
+    """
+    _check_room(a.shape[1], a.shape[0])
     q, r = torch.linalg.qr(a.double().T)
     return (b.double() @ r.T).float(), q.T.contiguous().float()
 
 
 def with_orthonormal_b(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with orthonormal columns of B: B = Q R, so B A = Q (R A)."""
+    """The same product with orthonormal columns of B: B = Q R, so B A = Q (R A).
+
+    Raises:
+        StudyError: if B has more columns than rows.
+    """
+    _check_room(*b.shape)
     q, r = torch.linalg.qr(b.double())
     return q.contiguous().float(), (r @ a.double()).float()
+
+
+def _check_room(dimensions: int, rank: int) -> None:
+    if rank > dimensions:
+        raise StudyError(
+            f"Expected adapter.rank of at most {dimensions} for orthonormal frames in the smallest layer, got {rank}; "
+            "lower it, or use strategy 'rolora'."
+        )

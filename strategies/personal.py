@@ -16,10 +16,12 @@ class Personalisation:
     Attributes:
         name: in study files.
         trains_its_own: whether a second training, of a model that never leaves the site, follows the shared one.
+        needs_fixed_subspace: whether it remembers something along coordinates that must stay the same.
     """
 
     name: ClassVar[str] = "none"
     trains_its_own: ClassVar[bool] = False
+    needs_fixed_subspace: ClassVar[bool] = False
 
     def stays(self, name: str) -> bool:
         """Whether an adapter tensor is each site's own."""

@@ -220,11 +220,13 @@ class Rule(ABC):
         exact: whether the new product of every LoRA pair is the mean of the sites' products (up to rounding).
         fixed_subspace: whether the same coordinates train in every round, so that the server or a site may remember
             something along them.
+        takes_ranks: whether it stays exact where sites train only the first of the adapter's ranks.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool]
     fixed_subspace: ClassVar[bool] = True
+    takes_ranks: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting

@@ -13,6 +13,7 @@ axes are kept (``...``).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -201,6 +202,7 @@ class Subspace:
                 self.parts[spec.name].put(target.view(spec.shape), values[spec.name])
 
     def _joined(self, tensors: Mapping[str, Tensor], leading: tuple[int, ...]) -> Tensor:
-        return torch.cat(
-            [self.parts[name].coordinates(tensor).reshape(*leading, -1) for name, tensor in tensors.items()], dim=-1
-        )
+        pieces = [self.parts[name].coordinates(tensor) for name, tensor in tensors.items()]
+        # The size is said, not inferred: there may be no row at all.
+        sizes = [math.prod(piece.shape[len(leading) :]) for piece in pieces]
+        return torch.cat([piece.reshape(*leading, size) for piece, size in zip(pieces, sizes, strict=True)], dim=-1)

@@ -24,7 +24,7 @@ class Fold:
 
     Attributes:
         pairs: A and B of each layer, under the names of a PEFT file; other ranks than the adapter's are allowed.
-        digest: SHA-256 of names and values.
+        digest: SHA-256 of names, shapes and values.
     """
 
     pairs: Mapping[str, Tensor]
@@ -35,7 +35,7 @@ class Fold:
         """The fold of these pairs."""
         hashed = hashlib.sha256()
         for name in sorted(tensors):
-            hashed.update(name.encode())
+            hashed.update(f"{name}{list(tensors[name].shape)}".encode())
             hashed.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
         return cls(dict(tensors), hashed.digest())
 
@@ -76,11 +76,13 @@ class FoldableBase:
         Folds that are in place already are not added again; the bits do not depend on what was in place before.
 
         Raises:
-            StudyError: if a fold names a layer that is none, or does not fit it.
+            StudyError: if a fold names a layer that is none, or does not fit it; the base is then as it was.
         """
         wanted = tuple(one.digest for one in folds)
         if wanted == self._folded:
             return
+        for one in folds:
+            self._check(one)
         if wanted[: len(self._folded)] != self._folded:
             for name, weight in self._original.items():
                 self._weight(name).copy_(weight)
@@ -89,15 +91,20 @@ class FoldableBase:
             self._add(one)
         self._folded = wanted
 
-    def _add(self, one: Fold) -> None:
+    def _check(self, one: Fold) -> None:
         for name in one.layers:
-            weight, scale = self._weight(name), self._scale(name)
+            weight = self._weight(name)
             a, b = one.pairs[f"{name}{_A}"], one.pairs[f"{name}{_B}"]
             if (b.shape[0], a.shape[1]) != tuple(weight.shape) or b.shape[1] != a.shape[0]:
                 raise StudyError(
                     f"Expected a fold of shape {list(weight.shape)} for {name}, got "
                     f"{list(b.shape)} times {list(a.shape)}."
                 )
+
+    def _add(self, one: Fold) -> None:
+        for name in one.layers:
+            weight, scale = self._weight(name), self._scale(name)
+            a, b = one.pairs[f"{name}{_A}"], one.pairs[f"{name}{_B}"]
             self._original.setdefault(name, weight.clone())
             update = scale * (b.cpu().double() @ a.cpu().double())
             weight.copy_((weight.cpu().double() + update).float())
@@ -145,9 +152,12 @@ def stacked(folds: Sequence[Mapping[str, Tensor]]) -> dict[str, tuple[Tensor, Te
 
 
 def compressed(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best pair of a rank for a product B A (Eckart and Young 1936), singular values shared out evenly; float64."""
+    """The best pair of a rank for a product B A (Eckart and Young 1936), singular values shared out evenly; float64.
+
+    Shorter than ``rank`` where the product cannot have as much: no longer than B A has rows or columns, or B columns.
+    """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
-    u, s, v = torch.linalg.svd(r_b @ r_a.T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     root = s[:rank].sqrt()
     return (q_b @ u[:, :rank]) * root, root[:, None] * (v[:rank] @ q_a.T)

@@ -21,6 +21,7 @@ class FedSB(Rule):
 
     name = "fed-sb"
     exact = True
+    takes_ranks = True
 
     def start(self, adapter: Tree) -> State:
         """Orthonormal A; the core is zero, so the model computes what it did."""

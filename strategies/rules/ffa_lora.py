@@ -20,6 +20,7 @@ class FfaLora(Rule):
 
     name = "ffa-lora"
     exact = True
+    takes_ranks = True
 
     def start(self, adapter: Tree) -> State:
         """Orthonormal A; B is zero, so the model computes what it did."""

@@ -27,6 +27,7 @@ class FfaFresh(Rule):
     name = "ffa-fresh"
     exact = True
     fixed_subspace = False
+    takes_ranks = True
 
     def start(self, adapter: Tree) -> State:
         """As of the first frames; the model computes what it did."""
@@ -76,9 +77,11 @@ class FfaFresh(Rule):
 
     def folds(self, broadcast: Tree) -> list[Tree]:
         """The pairs of every fold: its frames, with its coordinates in them."""
-        per_fold = len(self._learns.parts)
+        first = next(iter(self._learns.parts))
         folded: list[Tree] = []
-        for number in range(1, len(broadcast) // per_fold + 1):
+        # Others may have something told too.
+        while fold_name(len(folded) + 1, first) in broadcast:
+            number = len(folded) + 1
             pairs = self.frames(number - 1)
             for name, part in self._learns.parts.items():
                 part.put(pairs[name], broadcast[fold_name(number, name)])

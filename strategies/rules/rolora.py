@@ -20,6 +20,7 @@ class RoLora(Rule):
 
     name = "rolora"
     exact = True
+    takes_ranks = True
     fixed_subspace = False
 
     def trainable(self, round_number: int) -> Subspace:

@@ -30,6 +30,7 @@ class Twin(Rule):
 
     name = "twin"
     exact = True
+    takes_ranks = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

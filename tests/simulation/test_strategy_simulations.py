@@ -17,6 +17,7 @@ from server.checkpoint import Checkpoint, read_checkpoint
 from simulation.harness import Run, simulate
 from simulation.run_folder import metrics_of, stored_study
 from strategies.registry import RULES, strategy_of
+from strategies.rules.robust import RobustRule
 from strategies.secure_channel import SecureChannel
 from strategies.strategy import IndividualRule
 
@@ -24,7 +25,12 @@ MakeStudy = Callable[..., StudyConfig]
 StudyFile = Callable[[StudyConfig], Path]
 
 NO_HEADS = "head-only"
-NAMES = sorted({rule.name for rule in RULES.values()} - {NO_HEADS})  # the stand-in segmenter has none
+ONE_ROBUST_RULE = "median"  # the others are the same code with another function, and want more sites
+NAMES = sorted(
+    rule.name
+    for rule in set(RULES.values())
+    if rule.name != NO_HEADS and (not issubclass(rule, RobustRule) or rule.name == ONE_ROBUST_RULE)
+)  # the stand-in segmenter has no heads
 SUM_ONLY = [name for name in NAMES if not issubclass(RULES[name], IndividualRule)]
 
 
@@ -92,6 +98,7 @@ def test_exported_adapter_on_the_plain_backbone_computes_what_the_sites_evaluate
     make_study: MakeStudy, study_file: StudyFile, tmp_path: Path, name: str
 ) -> None:
     study = make_study(
+        ("north", "south", "west"),
         strategy={"name": name},
         rounds={"num_rounds": 4},
         training={"local_epochs": 2, "batch_size": 2, "learning_rate": 0.05},
