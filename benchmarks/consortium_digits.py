@@ -3,10 +3,10 @@
     python benchmarks/consortium_digits.py          # the table, from the settings in CHOSEN; writes the JSON
     python benchmarks/consortium_digits.py tune     # how CHOSEN was found, on seeds that the table does not use
 
-Eight made-up hospitals with 500 records each (:mod:`digits_federation`), epsilon 8, 2 and 1 per record at delta 1e-5
-over 200 rounds, five seeds. All arms begin with the same network, clip each record's gradient to C = 1, draw records
-independently (on equal seeds: the same ones, where the rate is equal), and end with the mean of the second half of
-their models:
+Eight made-up hospitals with 500 records each (:mod:`simulation.bench.digits`), epsilon 8, 2 and 1 per record at delta
+1e-5 over 200 rounds, five seeds. All arms begin with the same network, clip each record's gradient to C = 1, draw
+records independently (on equal seeds: the same ones, where the rate is equal), and end with the mean of the second half
+of their models:
 
 =============  ===================================================================================================
 pooled         one site with all records: DP-SGD, noise calibrated by the accountants PRV and PLD
@@ -37,7 +37,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from digits_federation import NUM_SITES, RECORDS_PER_SITE, Federation, accuracy, federation, gradient_factors
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -50,6 +49,14 @@ from privacy.randomness import RandomStream
 from privacy.sampling import draw_patients
 from privacy.skellam import skellam_noise
 from privacy.skellam_accounting import SkellamMechanism, calibrate_skellam
+from simulation.bench.digits import (
+    NUM_SITES,
+    RECORDS_PER_SITE,
+    Federation,
+    accuracy,
+    federation,
+    gradient_factors,
+)
 from simulation.bench.rows import printed, this_machine
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "consortium-digits.json"

@@ -4,9 +4,10 @@ The drawings are the 1,797 of ``sklearn.datasets.load_digits`` (8 x 8 pixels), w
 drawing, not by copy, they are divided into a public part, on which the network starts, a training part and a test
 part. A record is one random warp of a training drawing in the style of its hospital (rotation, contrast, blur,
 noise); labels are divided by Dirichlet(0.5). The training part has fewer drawings than the federation has records,
-so that a drawing returns, warped anew, in 4 to 5 of them: the unit of privacy here is the record, not the drawing.
+so that a drawing returns, warped anew, in 4 to 5 of them (9 where a site has 1,000): the unit of privacy here is the
+record, not the drawing.
 
-Legend: K sites, N records of a site, B records at a time, P flat parameters, I inputs and O outputs of a layer.
+Legend: K sites, N records of a site, B records at a time, C classes, I inputs and O outputs of a layer.
 """
 
 from __future__ import annotations
@@ -50,8 +51,13 @@ class Federation:
     start: tuple[Tensor, ...]
 
 
-def federation(seed: int) -> Federation:
-    """The federation of a seed: split, styles, records and start."""
+def federation(seed: int, *, num_records: int = RECORDS_PER_SITE) -> Federation:
+    """The federation of a seed: split, styles, records and start.
+
+    Args:
+        seed: of everything that is drawn.
+        num_records: of each hospital.
+    """
     generator = np.random.default_rng([2026, seed])
     digits = load_digits()
     order = generator.permutation(len(digits.target))
@@ -62,7 +68,7 @@ def federation(seed: int) -> Federation:
     shares = generator.dirichlet([DIRICHLET] * NUM_CLASSES, NUM_SITES)
     xs, ys = [], []
     for style, share in zip(styles, shares, strict=True):
-        chosen = _drawings(labels[PUBLIC : PUBLIC + TRAIN].numpy(), share, generator) + PUBLIC
+        chosen = _drawings(labels[PUBLIC : PUBLIC + TRAIN].numpy(), share, num_records, generator) + PUBLIC
         xs.append(style.records(images[chosen], generator))
         ys.append(labels[chosen])
     y_KN = torch.stack(ys)
@@ -112,10 +118,12 @@ class _Style:
         return noisy.reshape(n, -1)
 
 
-def _drawings(labels: NDArray[np.int64], share: NDArray[np.float64], generator: np.random.Generator) -> Tensor:
-    """Indices of RECORDS_PER_SITE drawings whose labels follow ``share``, repeats allowed."""
+def _drawings(
+    labels: NDArray[np.int64], share: NDArray[np.float64], count: int, generator: np.random.Generator
+) -> Tensor:
+    """Indices of ``count`` drawings whose labels follow ``share``, repeats allowed."""
     weight = share[labels] / np.bincount(labels, minlength=NUM_CLASSES)[labels]
-    return torch.from_numpy(generator.choice(len(labels), RECORDS_PER_SITE, p=weight / weight.sum()))
+    return torch.from_numpy(generator.choice(len(labels), count, p=weight / weight.sum()))
 
 
 def _trained(x_NI: Tensor, y_N: Tensor, seed: int) -> tuple[Tensor, ...]:
@@ -130,7 +138,7 @@ def _trained(x_NI: Tensor, y_N: Tensor, seed: int) -> tuple[Tensor, ...]:
     optimizer = torch.optim.Adam(layers, lr=0.01)
     for _ in range(60):
         optimizer.zero_grad()
-        functional.cross_entropy(activations(x_NI, layers)[-1], y_N).backward()
+        functional.cross_entropy(activations(x_NI, layers)[-1], y_N).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return tuple(layer.detach() for layer in layers)
 
