@@ -27,6 +27,7 @@ from client.data import Item
 from client.features import FeatureCache
 from client.subspace_steps import Pull, SubspaceSteps
 from client.trainer import encoded, trained_vector
+from medfed.errors import PrivacyError
 from medfed.models.adapted import AdaptedModel
 from medfed.study import StudyConfig
 from medfed.study_sections import TrainingConfig
@@ -127,7 +128,8 @@ def train_privately(
 
     Raises:
         AdapterMismatchError: if ``start_P`` does not fit.
-        PrivacyError: if a gradient is not finite.
+        PrivacyError: if a gradient is not finite under a plan without noise; with noise that unit adds nothing, as a
+            refusal would tell that it is there.
         DivergedError: if training ended with NaN or infinity.
     """
     model.load(start_P)
@@ -181,7 +183,6 @@ def clipped_integers(
 
     Raises:
         AdapterMismatchError: if ``start_P`` does not fit.
-        PrivacyError: if a gradient is not finite.
     """
     model.load(start_P)
     model.train()
@@ -225,7 +226,13 @@ def _clipped_sum(
         gradients_BQ, _ = engine.gradients((inputs, targets))
         gradients_BZ = trainable.coordinates_of_support(gradients_BQ)
         total.add(gradients_BZ, [sample.unit for sample in batch], [sample.weight for sample in batch])
-    return total.close()
+    clipped = total.close()
+    if clipped.num_unusable and not plan.is_private:
+        raise PrivacyError(
+            f"Expected finite gradients of each patient, got NaN or infinity in {clipped.unusable_in!r}; check the "
+            "images, or lower the learning rate."
+        )
+    return clipped
 
 
 def _open_sum(model: AdaptedModel, plan: PrivacyPlan, trainable: Subspace, stream: RandomStream) -> ClippedSum:
@@ -246,12 +253,15 @@ def _open_sum(model: AdaptedModel, plan: PrivacyPlan, trainable: Subspace, strea
 def _facts(sums: Sequence[PatientSum], plan: PrivacyPlan, num_parameters: int) -> dict[str, float]:
     """Fraction of drawn units that were clipped; norm of the clipped sum over the expected norm of the noise.
 
-    Both to two digits: an exact fraction would tell how many units were drawn.
+    And, where there are any, the fraction whose gradients were not finite. All to two digits: an exact fraction would
+    tell how many units were drawn.
     """
     drawn = sum(clipped.num_patients for clipped in sums)
     facts = {}
     if drawn:
         facts["clip_fraction"] = round(sum(clipped.num_clipped for clipped in sums) / drawn, 2)
+    if drawn and (unusable := sum(clipped.num_unusable for clipped in sums)):
+        facts["unusable_fraction"] = round(unusable / drawn, 2)
     if plan.is_private:
         unit = plan.clip_norm / plan.l2_bound if plan.trust == "consortium" else 1.0  # of the integers of a sum
         noise_norm = plan.noise_std / unit * num_parameters**0.5

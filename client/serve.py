@@ -15,7 +15,7 @@ from client.round_start import RoundStart, begin_round, evaluated_state
 from client.secure_round import MaskedRound
 from client.site import Site
 from client.trainer import evaluate_locally
-from medfed.errors import MessageError, PolicyError
+from medfed.errors import MessageError, PolicyError, SecureAggregationError
 from medfed.messages import Fields, RoundInstruction
 from medfed.models.adapted import AdaptedModel
 from medfed.payload import decode_adapter
@@ -23,6 +23,7 @@ from medfed.study import StudyConfig
 from medfed.tasks import task_of
 from strategies.registry import strategy_of
 from strategies.secure_channel import SecureChannel
+from strategies.strategy import DELTA
 
 _log = logging.getLogger("medfed.client.serve")
 
@@ -40,7 +41,8 @@ def describe(instruction: RoundInstruction, fields: Fields, site: Site) -> Field
     for item in cohort.test:
         site.features.features_of(item, model)
     if study.privacy is not None:
-        engine_for(study, model, strategy_of(study, instruction.scope).plan(1).trainable, site)
+        for number in (1, 2):  # rules that take turns train something else in every other round
+            engine_for(study, model, strategy_of(study, instruction.scope).plan(number).trainable, site)
     return reply_to(instruction, site, num_examples=public_size(study, cohort, site)).to_fields()
 
 
@@ -80,6 +82,11 @@ def _masked_update(
     payload, metrics = _update(instruction, study, model, start, site)
     update_P = decode_adapter(payload, start.phase.upload_manifest)
     if channel.scales_down(update_P, site.name):
+        if start.phase.stats != (DELTA,):  # scaled along, other statistics would say something else
+            raise SecureAggregationError(
+                f"Expected an update and statistics of L2 norm within update_clip_norm in round {instruction.round}, "
+                "got longer ones; raise it in the study."
+            )
         _log.warning("event=update_scaled_down round=%d raise=update_clip_norm", instruction.round)
     return masked.masked(channel.weighted(update_P, site.name, metrics))
 

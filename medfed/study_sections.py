@@ -247,7 +247,8 @@ class SecureAggregationConfig(Section):
         threshold: t, sites that must agree on who is in a sum before it can be opened.
         min_sites: k, sites in a sum at least; the others may drop out of a round.
         update_clip_norm: L2 bound on a site's weighted update, which is scaled down to it; sets how fine the integers
-            are that are summed. Not for trust ``consortium``, where each patient is clipped.
+            are that are summed. A site that also sends other statistics than its change refuses the round instead. Not
+            for trust ``consortium``, where each patient is clipped.
         rounds_per_epoch: sums that one exchange of keys serves.
     """
 

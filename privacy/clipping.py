@@ -63,12 +63,16 @@ class PatientSum:
         num_patients: patients in the step. Secret: amplification by sampling assumes that it is.
         num_clipped: how many of them were scaled down.
         norm: L2 norm of ``sum_P``, in its unit; at most ``num_patients`` times the clip norm.
+        num_unusable: patients who added zeros because a gradient of theirs held NaN or infinity. Secret too.
+        unusable_in: the tensor where that was seen first; empty if it was not.
     """
 
     sum_P: Tensor
     num_patients: int
     num_clipped: int
     norm: float
+    num_unusable: int = 0
+    unusable_in: str = ""
 
 
 class ClippedSum:
@@ -82,8 +86,9 @@ class ClippedSum:
     float64, multiplied by its weight and added, one after the other. This holds on one device with one number
     of threads. Memory: three float64 vectors of length P, whatever B is.
 
-    Any refusal closes the sum for good: a step that goes on without the samples that were refused would leave
-    out some patient on account of another.
+    A patient with a gradient that is not finite adds zeros, and nobody else is touched by it: whoever chooses the
+    adapter can make one patient's gradient overflow and no other's, and a refusal would tell that the patient is
+    there. Any refusal closes the sum for good.
 
     ===========================  ===============================================
     case                         result
@@ -91,7 +96,7 @@ class ClippedSum:
     no patient, or B = 0         sum of zeros; an ordinary step
     gradient of zeros            adds zeros; counted, not clipped
     gradient of 1e30             clipped like any other
-    NaN or infinity              PrivacyError that names the tensor, nothing added
+    NaN or infinity              the patient adds zeros; counted, in ``num_unusable`` too
     patient comes back later     PrivacyError, nothing added
     ===========================  ===============================================
 
@@ -99,7 +104,7 @@ class ClippedSum:
         num_parameters: P, length of the flat gradients, >= 1.
         clip_norm: C, L2 norm, within 1e-30..1e30.
         device: where the gradients are.
-        names: name of the tensor that holds an element of the flat gradient, for messages
+        names: name of the tensor that holds an element of the flat gradient, for ``unusable_in``
             (:meth:`medfed.adapter_manifest.AdapterManifest.name_at`).
 
     Raises:
@@ -130,6 +135,7 @@ class ClippedSum:
         self._patient: int | None = None
         self._complete: set[int] = set()
         self._num_clipped = 0
+        self._unusable, self._num_unusable, self._unusable_in = False, 0, ""
         self._open = True
 
     @torch.no_grad()
@@ -145,8 +151,7 @@ class ClippedSum:
                 does not depend on it.
 
         Raises:
-            PrivacyError: on NaN or infinity, or on a patient who was complete already. Nothing of the
-                micro-batch is added then.
+            PrivacyError: on a patient who was complete already. Nothing of the micro-batch is added then.
             ValueError: on a wrong shape, dtype, device, length or weight.
         """
         self._require_open()
@@ -156,11 +161,14 @@ class ClippedSum:
         weights = [float(weight) for weight in weight_B]
         self._check_form(gradients_BP, patients, weights)
         self._check_order(patients)
-        self._check_finite(gradients_BP)
-        for gradient_P, patient, weight in zip(gradients_BP, patients, weights, strict=True):
+        usable_B = self._usable(gradients_BP)
+        for gradient_P, patient, weight, usable in zip(gradients_BP, patients, weights, usable_B, strict=True):
             if patient != self._patient:
                 self._complete_patient()
                 self._patient = patient
+            if not usable:
+                self._unusable = True
+                continue
             # A product and a sum, each rounded once: fused, the bits would depend on the kernel.
             self._product_P.copy_(gradient_P).mul_(weight)
             self._patient_P.add_(self._product_P)
@@ -176,12 +184,18 @@ class ClippedSum:
         self._open = False
         self._complete_patient()
         norm = float(torch.linalg.vector_norm(self._sum_P.double()))
-        return PatientSum(self._sum_P, len(self._complete), self._num_clipped, norm)
+        return PatientSum(
+            self._sum_P, len(self._complete), self._num_clipped, norm, self._num_unusable, self._unusable_in
+        )
 
     def _complete_patient(self) -> None:
         """Clips the patient in progress, if there is one, and adds it to the sum."""
         if self._patient is None:
             return
+        if self._unusable:
+            self._patient_P.zero_()
+            self._num_unusable += 1
+            self._unusable = False
         norm = float(torch.linalg.vector_norm(self._patient_P))
         factor = clip_factor(norm, clip_norm=self._clip_norm, num_parameters=self._sum_P.numel())
         self._add_clipped(self._patient_P.mul_(factor))
@@ -231,15 +245,16 @@ class ClippedSum:
                 )
             current = patient
 
-    def _check_finite(self, gradients_BP: Tensor) -> None:
+    def _usable(self, gradients_BP: Tensor) -> list[bool]:
+        """Whether each gradient is finite; notes where the first one that is not has its first such element."""
         if gradients_BP.numel() == 0:
-            return
+            return []
         # Both extremes carry NaN, so two numbers tell about all of B * P without a copy.
         if all(bool(extreme.isfinite()) for extreme in torch.aminmax(gradients_BP)):
-            return
-        element = int(torch.nonzero(~torch.isfinite(gradients_BP))[0, 1])
-        where = f"{self._names(element)!r}" if self._names else f"element {element}"
-        raise PrivacyError(
-            f"Expected finite per-sample gradients, got NaN or infinity in {where}; nothing was released. Check the "
-            "images, or lower the learning rate."
-        )
+            return [True] * len(gradients_BP)
+        finite_BP = torch.isfinite(gradients_BP)
+        if not self._unusable_in:
+            element = int(torch.nonzero(~finite_BP)[0, 1])
+            self._unusable_in = self._names(element) if self._names else f"element {element}"
+        usable: list[bool] = finite_BP.all(dim=1).tolist()
+        return usable

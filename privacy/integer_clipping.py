@@ -47,7 +47,7 @@ class IntegerClippedSum(ClippedSum):
     no patient, or B = 0         sum of zeros; an ordinary step
     gradient of zeros            adds zeros; counted, not clipped
     gradient of 1e30             clipped like any other
-    NaN or infinity              PrivacyError that names the tensor, nothing added
+    NaN or infinity              the patient adds zeros; counted, in ``num_unusable`` too
     D2**2 < P                    PrivacyError: rounding would be most of the sum
     ===========================  ===============================================
 
@@ -60,7 +60,7 @@ class IntegerClippedSum(ClippedSum):
         l2_bound: D2, an integer within 1..2**30.
         stream: decides the rounding; :meth:`RandomStream.from_system` wherever a patient is real.
         device: where the gradients are.
-        names: name of the tensor that holds an element of the flat gradient, for messages.
+        names: name of the tensor that holds an element of the flat gradient, for ``unusable_in``.
 
     Raises:
         PrivacyError: if ``clip_norm`` or ``l2_bound`` is out of range, or ``l2_bound`` too small for P.

@@ -118,6 +118,7 @@ def simulate(
         check_name(config.strategy)
         resolved, identities = with_identities(calibrated(resolve_study(config, chosen)))
     model = adapted_model(resolved, chosen)
+    strategy_of(resolved)  # what does not go together is refused before anything is made
 
     manifests, provenance = _manifests(resolved, reporter)
     if resume is None:
@@ -266,6 +267,10 @@ def _write_results(
         return own_state(shared, strategy, final.round, study, FEDERATED, site)
 
     model.save(folder / "adapter", shared)
+    if strategy.remembers_at_sites:
+        for site in sites:
+            if site.name in study.site_names:
+                model.save(folder / "adapters" / site.name, state_of(site))
     if not study.withholds_evaluation:  # pictures show held-out patients
         draw_overlays(folder / "figures", study, sites, model, state_of)
     task = task_of(study.task)

@@ -11,6 +11,8 @@
         arms/<scope>/              the same for every other arm
         ledgers/                   privacy ledger of every virtual site, and the key that signs them
         adapter/                   the final adapter, a standard PEFT folder
+        adapters/<site>/           each site's own, under strategies that let sites differ: what scores are of
+        memories/                  what such sites remember between rounds
         summary.json  report.html  figures/
 """
 

@@ -62,8 +62,8 @@ class Strategy:
 
     @property
     def num_trained(self) -> int:
-        """Numbers that train in the first round: what clipping bounds and noise falls on."""
-        return self.plan(1).trainable.manifest.num_elements
+        """Numbers that train in a round, at most: what clipping bounds and noise falls on."""
+        return max(self.plan(number).trainable.manifest.num_elements for number in (1, 2))
 
     @property
     def trains_its_own(self) -> bool:

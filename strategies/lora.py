@@ -46,9 +46,19 @@ class LoraPair:
 
 
 def lora_pairs(manifest: AdapterManifest) -> tuple[LoraPair, ...]:
-    """The pairs of an adapter, in the order of their layers; heads and the like are in none."""
+    """The pairs of an adapter, in the order of their layers; heads and the like are in none.
+
+    Raises:
+        StudyError: for a pair of a convolution, whose product is no matrix.
+    """
     shapes = {spec.name: spec.shape for spec in manifest.tensors}
     layers = [name.removesuffix(_A) for name in shapes if name.endswith(_A)]
+    for layer in layers:
+        if len(shapes[f"{layer}{_A}"]) != 2:
+            raise StudyError(
+                f"Expected adapter.targets of linear layers for this strategy, got {layer}, a convolution; choose "
+                "other targets, or strategy.name = 'fedit'."
+            )
     return tuple(
         LoraPair(layer, shapes[f"{layer}{_B}"][0], shapes[f"{layer}{_A}"][0], shapes[f"{layer}{_A}"][1])
         for layer in layers

@@ -94,7 +94,7 @@ def strategy_of(study: StudyConfig, scope: str = FEDERATED) -> Strategy:
     if key not in _made:
         if len(_made) >= _KEPT:
             _made.clear()
-        _made[key] = _made_for(study, sites_differ=scope == FEDERATED)
+        return _made.setdefault(key, _made_for(study, sites_differ=scope == FEDERATED))
     return _made[key]
 
 

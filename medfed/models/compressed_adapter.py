@@ -10,6 +10,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -53,16 +54,17 @@ def compress(folder: Path, out: Path, rank: int) -> list[CompressedLayer]:
         What it cost, layer by layer.
 
     Raises:
-        StudyError: if the folder holds no adapter with LoRA layers, or ``out`` exists.
+        StudyError: if the folder holds no adapter with LoRA layers, layers differ in alpha / r, or ``out`` exists.
     """
     try:
         tensors = load_file(folder / _WEIGHTS)
-        json.loads((folder / _CONFIG).read_text())
+        config = json.loads((folder / _CONFIG).read_text())
     except (OSError, SafetensorError, ValueError) as error:
         raise StudyError(f"Expected an adapter folder at {folder}, got: {error}; check the path.") from None
     layers = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
     if not layers:
         raise StudyError(f"Expected LoRA layers in {folder}, got none; there is nothing to compress.")
+    _check_scale(config, folder)
     if out.exists():
         raise StudyError(f"Expected a new folder to write to, got {out}, which exists; name another.")
     pairs, facts = {}, []
@@ -75,6 +77,28 @@ def compress(folder: Path, out: Path, rank: int) -> list[CompressedLayer]:
     shutil.copytree(folder, out)
     add_folds(out, pairs)
     return facts
+
+
+def _check_scale(config: dict[str, Any], folder: Path) -> None:
+    """Refuse layers that PEFT scales otherwise than by one alpha / r for all.
+
+    Raises:
+        StudyError: names the setting.
+    """
+    for key in ("use_rslora", "use_dora"):
+        if config.get(key):
+            raise StudyError(
+                f"Expected an adapter without {key} in {folder}, got one with it; it cannot be compressed."
+            )
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    scale = config["lora_alpha"] / config["r"]
+    for layer in {**ranks, **alphas}:
+        own = alphas.get(layer, config["lora_alpha"]) / ranks.get(layer, config["r"])
+        if abs(own - scale) > 1e-9 * scale:
+            raise StudyError(
+                f"Expected one alpha / r for all layers in {folder}, got {own:g} for {layer!r} and {scale:g} for "
+                "others; it cannot be compressed."
+            )
 
 
 def relative_error(layers: list[CompressedLayer]) -> float:

@@ -26,6 +26,7 @@ class FlexLora(IndividualRule):
 
     name = "flexlora"
     exact = False
+    fixed_subspace = False  # each round's SVD turns the coordinates
 
     def trainable(self, round_number: int) -> Subspace:
         """All tensors."""

@@ -462,8 +462,27 @@ def test_noise_is_the_systems_unless_the_site_was_given_a_seed(
     assert len({other.numpy().tobytes() for other in others}) == len(others)
 
 
-def test_gradient_that_is_not_finite_stops_training_and_names_the_tensor(make_world: MakeWorld) -> None:
-    world = make_world(sampling_rate=1.0)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_patient_whose_gradient_overflows_is_as_good_as_absent(make_world: MakeWorld, bad: float) -> None:
+    """A server can choose an adapter at which one patient's gradient overflows: a refusal would name the patient."""
+    world = make_world(sampling_rate=1.0, images_per_patient=1, steps_per_round=1)
+
+    def change(images: Tensor, gradients_BP: Tensor) -> Tensor:
+        return torch.where((images == target).flatten(1).all(1)[:, None], bad, gradients_BP)
+
+    units = world.patients(1, 1, 1, 1)
+    engine = world.engine()
+    target = world.model.encode(units[2][0].image_CHW.expand(3, -1, -1)[None])
+    overflowing = Altered(engine, change)
+    with_patient = world.sum(units, batch_size=2, engine=overflowing)
+    without = world.sum([*units[:2], *units[3:]], batch_size=2, engine=overflowing)
+    assert (with_patient.num_unusable, without.num_unusable) == (1, 0)
+    torch.testing.assert_close(with_patient.sum_P, without.sum_P, rtol=1e-4, atol=1e-9)
+    assert world.train(units, engine=overflowing).facts["unusable_fraction"] == 0.25
+
+
+def test_gradient_that_is_not_finite_stops_training_without_noise_and_names_the_tensor(make_world: MakeWorld) -> None:
+    world = make_world(sampling_rate=1.0, trust="none", noise_multiplier=None)
     name = world.model.manifest.tensors[1].name
     element = world.model.manifest.tensors[0].num_elements
 

@@ -315,29 +315,33 @@ def test_small_patients_are_not_lost_beside_large_ones() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [(0, 0), (1, 2), (3, 4)])
-def test_gradient_that_is_not_finite_is_refused_by_the_name_of_its_tensor(bad: float, place: tuple[int, int]) -> None:
-    gradients_BP = torch.ones(4, 5)
-    gradients_BP[place] = bad
-    tensors = ["a", "a", "decoder.q", "b", "b"]
-    total = ClippedSum(5, clip_norm=1.0, device="cpu", names=tensors.__getitem__)
-    total.add(torch.ones(1, 5), [7130], [1.0])
-    before = total._sum_P.clone(), total._patient_P.clone()
-    with pytest.raises(PrivacyError, match=f"NaN or infinity in '{tensors[place[1]]}'") as refusal:
-        total.add(gradients_BP, [7130, 7131, 7132, 7133], [1.0] * 4)
-    assert torch.equal(total._sum_P, before[0])
-    assert torch.equal(total._patient_P, before[1])
-    assert "713" not in str(refusal.value)
+@pytest.mark.parametrize("sizes", [(), (1,), (2, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize("place", [(0, 0), (2, 2), (4, 4)])
+def test_patient_with_a_gradient_that_is_not_finite_adds_zeros_and_touches_nobody(
+    bad: float, sizes: tuple[int, ...], place: tuple[int, int]
+) -> None:
+    """Whether the patient is there must not be told by a refusal: the adapter may be chosen to make it overflow."""
+    samples = Samples(torch.rand(5, 5), [3, 3, 7, 7, 9], [0.5, 0.5, 0.5, 0.5, 1.0])
+    samples.gradients_BP[place] = bad
+    patient = samples.patient_B[place[0]]
+    result, without = clipped(samples, sizes=sizes), clipped(samples.without(patient))
+    assert torch.equal(result.sum_P, without.sum_P)
+    assert (result.num_patients, result.num_unusable) == (3, 1)
+    assert (without.num_patients, without.num_unusable, without.unusable_in) == (2, 0, "")
+    assert result.num_clipped == without.num_clipped
+    assert result.unusable_in == f"element {place[1]}"
 
 
-def test_gradient_that_is_not_finite_is_refused_without_names() -> None:
-    with pytest.raises(PrivacyError, match="in element 1;"):
-        one_patient([0.0, math.nan])
+def test_tensor_in_which_a_gradient_is_not_finite_has_its_name() -> None:
+    total = ClippedSum(3, clip_norm=1.0, device="cpu", names=["a", "decoder.q", "b"].__getitem__)
+    total.add(torch.tensor([[0.0, math.nan, 0.0], [math.inf, 0.0, 0.0]]), [1, 2], [1.0, 1.0])
+    result = total.close()
+    assert (result.num_unusable, result.unusable_in) == (2, "decoder.q")
+    assert not bool(result.sum_P.any())
 
 
 def test_refused_micro_batch_closes_the_sum_for_good() -> None:
     refused: list[tuple[Tensor, list[int], list[float]]] = [
-        (torch.full((1, 2), math.nan), [1], [1.0]),
         (torch.ones(2, 2), [1, 0], [1.0, 1.0]),
         (torch.ones(1, 3), [1], [1.0]),
         (torch.ones(1, 2), [1], [2.0]),

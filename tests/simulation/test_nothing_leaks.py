@@ -26,6 +26,7 @@ from client import private_round, serve
 from client.data import Item, preprocess
 from client.private_trainer import PrivateTrainResult, train_privately
 from medfed.cli import main
+from medfed.errors import PrivacyError
 from medfed.messages import RECORD_KEY, RoundReply
 from medfed.models.registry import backbone_of
 from medfed.payload import decode_adapter
@@ -374,11 +375,11 @@ def test_run_that_fails_in_the_middle_of_training_emits_nothing_more(
         calls.append(1)
         if len(calls) == 3:
             engine = arguments[5]
-            monkeypatch.setattr(
-                engine,
-                "_gradients",
-                lambda batch, n: (torch.full((n, engine.num_parameters), torch.nan), torch.zeros(n)),
-            )
+
+            def refuse(batch: object, num_samples: int) -> None:
+                raise PrivacyError("Expected something else of a patient.")
+
+            monkeypatch.setattr(engine, "_gradients", refuse)
         return healthy(*arguments, **options)
 
     monkeypatch.setattr(private_trainer, "_clipped_sum", diverge)
@@ -386,7 +387,7 @@ def test_run_that_fails_in_the_middle_of_training_emits_nothing_more(
     assert watched.failed == 8
     assert watched.leaks() == set()
     logged = b"".join(blob for channel, blob, _ in watched.emitted if channel == "log")
-    assert b"Expected finite per-sample gradients" in logged
+    assert b"Expected something else of a patient" in logged
     assert b"PrivacyError: the privacy plan cannot be kept" in b"".join(
         blob for channel, blob, _ in watched.emitted if channel == "stderr"
     )

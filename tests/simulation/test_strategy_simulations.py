@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import medfed
 import server.rounds
 from client.round_start import shared_state
-from medfed.errors import StudyError
+from medfed.errors import RoundError, StudyError
 from medfed.models.adapted import AdaptedModel
 from medfed.study import StudyConfig
 from server.checkpoint import Checkpoint, read_checkpoint
@@ -178,3 +179,40 @@ def test_shared_noise_composes_with_rules_whose_mean_change_is_all_that_travels(
     assert [line["round"] for line in metrics_of(run.folder) if line["event"] == "train"] == [1, 2, 3, 4]
     folds = {name.split(":")[0] for name in checkpoint_of(run).broadcast}
     assert folds == ({"fold-00001"} if name == "twin-fresh" else set())
+
+
+def test_update_that_is_too_long_is_refused_where_other_statistics_travel_with_it(
+    make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path
+) -> None:
+    """Scaled down together, FedNova's step and its length would shrink the sum twice."""
+    study = make_secure_study(update_clip_norm=1e-6).replace(
+        training={"local_epochs": 1, "batch_size": 2, "learning_rate": 0.1, "optimizer": "sgd"},
+        strategy={"name": "fedit", "local": {"method": "fednova"}},
+    )
+    with pytest.raises(RoundError, match="SecureAggregationError"):
+        simulate(study_file(study), out=tmp_path / "fednova", workers=0, baselines=False)
+    plain = study.replace(strategy={"name": "fedit"})
+    simulate(study_file(plain), out=tmp_path / "fedit", workers=0, baselines=False)
+
+
+def test_sites_that_differ_leave_their_own_adapters(
+    make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
+) -> None:
+    run = simulate(study_file(make_study(strategy={"name": "fedsa"})), out=tmp_path, workers=0, baselines=False)
+    weights = [
+        load_file(run.folder / folder / "adapter_model.safetensors")
+        for folder in ("adapter", "adapters/north", "adapters/south")
+    ]
+    shared, north, south = ({name: t for name, t in one.items() if "lora_B" in name} for one in weights)
+    assert all(not bool(tensor.any()) for tensor in shared.values())
+    assert all(bool(tensor.any()) for tensor in north.values())
+    assert all(not torch.equal(north[name], south[name]) for name in north)
+
+
+def test_parts_that_do_not_go_together_are_refused_before_anything_is_made(
+    make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
+) -> None:
+    study = make_study(strategy={"name": "rolora", "server": {"optimizer": "fedavgm"}})
+    with pytest.raises(StudyError, match="same coordinates"):
+        simulate(study_file(study), out=tmp_path / "runs", workers=0)
+    assert not (tmp_path / "runs").exists()

@@ -1,7 +1,9 @@
 """Smaller adapters: the best of their rank, with the error that was measured."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +72,22 @@ def test_folder_that_is_there_is_not_written_over(saved: tuple[StudyConfig, Path
         compress(saved[1], saved[1], 1)
     with pytest.raises(StudyError, match="check the path"):
         compress(tmp_path / "nowhere", tmp_path / "out", 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"rank_pattern": {"q_proj": 2}},
+    ],
+)
+def test_layers_that_peft_scales_otherwise_are_refused(saved: tuple[StudyConfig, Path], change: dict[str, Any]) -> None:
+    path = saved[1] / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(StudyError, match="cannot be compressed"):
+        compress(saved[1], saved[1].parent / "small", 1)
 
 
 def test_command_says_what_is_lost(saved: tuple[StudyConfig, Path]) -> None:
