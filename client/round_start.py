@@ -35,12 +35,12 @@ class SharedModel:
     """What the server sent to put into the model.
 
     Attributes:
-        adapter_P: the global adapter, to be read only.
+        state: the global adapter, to be read only, and what the rule folded into the base.
         broadcast: what the strategy told beside it.
         digest: SHA-256 of both.
     """
 
-    adapter_P: Tensor
+    state: ModelState
     broadcast: Tree
     digest: bytes
 
@@ -126,10 +126,10 @@ def begin_round(
     """
     strategy = strategy_of(study, instruction.scope)
     phase = strategy.plan(instruction.round)
-    shared = _shared_model(fields, study.resolved_manifest, phase.broadcast)
-    model.put(shared_state(strategy, shared.adapter_P, shared.broadcast))
+    shared = _shared_model(fields, strategy, phase.broadcast)
+    model.put(shared.state)
     memory = site.memory(study, instruction.scope).before(instruction.round) if strategy.remembers_at_sites else {}
-    adapter_P = _with_own(shared.adapter_P, study.resolved_manifest, memory)
+    adapter_P = _with_own(shared.state.adapter_P, study.resolved_manifest, memory)
     trainable = trainable_of(strategy.rule, phase, site.name)
     return RoundStart(strategy, phase, trainable, shared, adapter_P, memory, study.training.learning_rate)
 
@@ -141,9 +141,8 @@ def evaluated_state(instruction: RoundInstruction, fields: Fields, study: StudyC
         MedfedError: as :func:`begin_round`.
     """
     strategy = strategy_of(study, instruction.scope)
-    shared = _shared_model(fields, study.resolved_manifest, strategy.told_after(instruction.round))
-    state = shared_state(strategy, shared.adapter_P, shared.broadcast)
-    return own_state(state, strategy, instruction.round, study, instruction.scope, site)
+    shared = _shared_model(fields, strategy, strategy.told_after(instruction.round))
+    return own_state(shared.state, strategy, instruction.round, study, instruction.scope, site)
 
 
 def own_state(
@@ -173,13 +172,14 @@ def _with_own(shared_P: Tensor, manifest: AdapterManifest, memory: Mapping[str, 
     return manifest.flatten({**manifest.unflatten(shared_P), **own}) if own else shared_P
 
 
-def _shared_model(fields: Fields, manifest: AdapterManifest, told: AdapterManifest | None) -> SharedModel:
-    return _decoded(bytes_field(fields, "adapter"), bytes_field(fields, "broadcast"), manifest, told)
+def _shared_model(fields: Fields, strategy: Strategy, told: AdapterManifest | None) -> SharedModel:
+    return _decoded(bytes_field(fields, "adapter"), bytes_field(fields, "broadcast"), strategy, told)
 
 
 @lru_cache(maxsize=1)  # all virtual sites of a process start a round from the same bytes
-def _decoded(adapter: bytes, broadcast: bytes, manifest: AdapterManifest, told: AdapterManifest | None) -> SharedModel:
+def _decoded(adapter: bytes, broadcast: bytes, strategy: Strategy, told: AdapterManifest | None) -> SharedModel:
     if told is None and broadcast:
         raise MessageError("Expected nothing beside the adapter in this round, got something.")
     tensors = {} if told is None else told.unflatten(decode_adapter(broadcast, told))
-    return SharedModel(decode_adapter(adapter, manifest), tensors, model_digest(adapter, broadcast))
+    adapter_P = decode_adapter(adapter, strategy.rule.manifest)
+    return SharedModel(shared_state(strategy, adapter_P, tensors), tensors, model_digest(adapter, broadcast))

@@ -61,7 +61,8 @@ class FedAvgM(ServerOptimizer):
 class AdaptiveOptimizer(ServerOptimizer):
     """Steps over the root of a second moment (Reddi et al. 2021, "Adaptive Federated Optimization", Algorithm 2).
 
-    As in the paper, moments are not corrected for their start at zero; tau bounds the first steps.
+    Moments start at zero, where the paper lets the second start from tau squared on, and are not corrected for that;
+    tau bounds the first steps.
 
     Args:
         learning_rate: eta.
