@@ -7,9 +7,9 @@ Simulations of ``examples/brain-structures-private.toml`` by the real apps, the 
 24 training patients, four rounds of four noised steps, trust ``site``. Every rule trains as many numbers of a layer as
 LoRA of rank 1 does (a rule that trains one side at a time: in two rounds), with the same scale alpha / rank. ``tune``
 tries learning rates at epsilon 8 on a seed of its own; the best are CHOSEN below, and stay for the other epsilons.
-Runs go to FOLDER; finished
-ones are not run again. Then all finished runs are written to ``docs/results/strategies-brain.json``, with differences
-to fedit paired by seed. A run takes three minutes on one core that does nothing else.
+Runs go to FOLDER; finished ones are not run again. Then all finished runs are written to
+``docs/results/strategies-brain.json``, with differences to fedit paired by seed. A run takes three minutes on one core
+that does nothing else.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ RESULT = ROOT / "docs" / "results" / "strategies-brain.json"
 EPSILONS = (math.inf, 8.0, 2.0)
 SEEDS = (2026, 2027, 2028)
 TUNING_SEED, TUNING_EPSILON = 1999, 8.0
-RATES = (2.0, 4.0, 8.0)
+RATES = (2.0, 4.0, 8.0, 16.0)
 RANK = {"fedit": 1, "ffa-lora": 2, "alt-gauge": 1, "twin-fresh": 2}
-CHOSEN = {"fedit": 2.0, "ffa-lora": 2.0, "alt-gauge": 2.0, "twin-fresh": 2.0}
+CHOSEN = {"fedit": 4.0, "ffa-lora": 8.0, "alt-gauge": 8.0, "twin-fresh": 8.0}
 """Learning rate of each rule: the best of RATES, as ``tune`` printed them."""
 SCALE = 2.0
 
@@ -103,6 +103,7 @@ def rows_of(folder: Path) -> Iterator[dict[str, object]]:
                 "difference": fmean(differences),
                 "spread": stdev(differences) if len(differences) > 1 else None,
                 "seeds": seeds,
+                "num_seeds": len(seeds),
                 "values": values,
             }
 
@@ -140,7 +141,7 @@ def main() -> None:
     for row in rows:
         numbers = [f"{row[key]:.4f}" for key in ("mean_of_sites", "difference", "worst_site")]
         epsilon = "inf" if row["epsilon"] is None else f"{row['epsilon']:g}"
-        table.add_row(epsilon, str(row["name"]), *numbers, str(len(row["values"])))
+        table.add_row(epsilon, str(row["name"]), *numbers, str(row["num_seeds"]))
     Console().print(table)
 
 
