@@ -31,6 +31,7 @@ from server.results import (
     result_sentence,
     rows_of,
 )
+from strategies.registry import strategy_of
 
 REPORT = "report.html"
 
@@ -158,7 +159,6 @@ def _facts(study: StudyConfig, results: Results) -> list[tuple[str, str]]:
     """The study in plain words: term and description."""
     manifest = study.resolved_manifest
     training, adapter = study.training, study.adapter
-    update_bytes = _BYTES_PER_ELEMENT * manifest.num_elements + HEADER_BYTES
     by_size = study.strategy.weighting == "examples"
     size = "number of training images" if study.privacy is None else "declared size"
     weighed = f"a site counts by its {size}" if by_size else "every site counts the same"
@@ -173,7 +173,7 @@ def _facts(study: StudyConfig, results: Results) -> list[tuple[str, str]]:
         ),
         (
             "One update",
-            f"{update_bytes:,} bytes, sent to each site and back in every round; no image travels",
+            f"{_bytes_in_words(study)}; no image travels",
         ),
         (
             "Rounds",
@@ -184,9 +184,36 @@ def _facts(study: StudyConfig, results: Results) -> list[tuple[str, str]]:
             f"{amount}, {training.optimizer} with learning rate "
             f"{training.learning_rate:g}{decay}, augmentation {training.augmentation}",
         ),
-        ("Aggregation", f"{study.strategy.name}; {weighed}"),
+        ("Aggregation", f"{_strategy_in_words(study)}; {weighed}"),
         ("Time", f"{results.wall_s:,.0f} s on one machine, all arms together"),
     ]
+
+
+def _bytes_in_words(study: StudyConfig) -> str:
+    """What travels in a round, without masks: an upload, and the adapter with all that is told beside it."""
+    strategy, manifest = strategy_of(study), study.resolved_manifest
+    up = max(strategy.plan(number).upload_manifest.num_elements for number in (1, 2))
+    told = strategy.plan(study.rounds.num_rounds).broadcast
+    up_bytes, down_bytes = (_BYTES_PER_ELEMENT * size + HEADER_BYTES for size in (up, manifest.num_elements))
+    if told is None:
+        return f"{up_bytes:,} bytes from each site in every round, {down_bytes:,} to it"
+    down_bytes += _BYTES_PER_ELEMENT * told.num_elements + HEADER_BYTES
+    return f"{up_bytes:,} bytes from each site in every round, up to {down_bytes:,} to it"
+
+
+def _strategy_in_words(study: StudyConfig) -> str:
+    config, parts = study.strategy, [study.strategy.name]
+    if config.local is not None:
+        parts.append(f"sites train by {config.local.method}")
+    if config.personal is not None:
+        parts.append(f"sites differ by {config.personal.method}")
+    if config.server is not None:
+        parts.append(f"the server steps by {config.server.optimizer}")
+    if config.shrinkage:
+        parts.append("noise is shrunk out of the mean change")
+    if strategy_of(study).remembers_at_sites:
+        parts.append("scores are of each site's own model where sites differ")
+    return ", ".join(parts)
 
 
 def _amount_of_training(study: StudyConfig) -> str:

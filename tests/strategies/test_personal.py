@@ -83,7 +83,7 @@ class Asked:
 
     @property
     def memory_file(self) -> Path:
-        (path,) = (self.folder / "memories").rglob("*.safetensors")
+        (path,) = (self.folder / "memories").rglob("*.memory")
         return path
 
 
