@@ -74,6 +74,7 @@ def run(work: Workload, num_rounds: int, num_workers: int, folder: Path) -> None
             "ledger_key": str(Path(run_folder) / "ledger.key"),
             "identities": str(Path(run_folder) / "identities"),
             "journals": str(Path(run_folder) / "journals"),
+            "memories": str(Path(run_folder) / "memories"),
             "noise_seed": None,
             "sites": sites,
         }
