@@ -1,8 +1,11 @@
 """The page about strategies on the real backbone shows what its command printed."""
 
+import ast
 import json
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/benchmarks/strategies-brain.md").read_text()
@@ -28,12 +31,16 @@ def test_rows_are_those_that_the_command_printed() -> None:
     ]
 
 
-def test_learning_rates_are_those_of_the_benchmark() -> None:
-    told = {row[0]: row[1:] for row in table_of("tuning")}
+@pytest.mark.parametrize(
+    ("table", "epsilon", "chosen"), [("tuning-8", 8.0, "CHOSEN"), ("tuning-2", 2.0, "CHOSEN_AT_2")]
+)
+def test_learning_rates_are_those_that_tuning_found_best(table: str, epsilon: float, chosen: str) -> None:
+    told = {row[0]: row[1:] for row in table_of(table)}
     source = (ROOT / "benchmarks/strategies_brain.py").read_text()
-    (chosen,) = re.findall(r"^CHOSEN = (\{.*\})$", source, re.MULTILINE)
-    (rates,) = re.findall(r"^RATES = \((.*)\)$", source, re.MULTILINE)
-    offered = [float(rate) for rate in rates.split(",")]
-    for rule, rate in json.loads(chosen).items():
-        scores = {offered[place]: float(cell) for place, cell in enumerate(told[rule]) if cell}
+    rates, best = (
+        ast.literal_eval(re.findall(rf"^{name} = (.*)$", source, re.MULTILINE)[0]) for name in ("RATES", chosen)
+    )
+    assert told.keys() == best.keys()
+    for rule, rate in best.items():
+        scores = {rates[epsilon][place]: float(cell) for place, cell in enumerate(told[rule]) if cell}
         assert scores[rate] == max(scores.values()), rule
