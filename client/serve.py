@@ -41,8 +41,8 @@ def describe(instruction: RoundInstruction, fields: Fields, site: Site) -> Field
     for item in cohort.test:
         site.features.features_of(item, model)
     if study.privacy is not None:
-        for number in (1, 2):  # rules that take turns train something else in every other round
-            engine_for(study, model, strategy_of(study, instruction.scope).plan(number).trainable, site)
+        for phase in strategy_of(study, instruction.scope).phases:
+            engine_for(study, model, phase.trainable, site)
     return reply_to(instruction, site, num_examples=public_size(study, cohort, site)).to_fields()
 
 

@@ -192,9 +192,10 @@ def _facts(study: StudyConfig, results: Results) -> list[tuple[str, str]]:
 def _bytes_in_words(study: StudyConfig) -> str:
     """What travels in a round, without masks: an upload, and the adapter with all that is told beside it."""
     strategy, manifest = strategy_of(study), study.resolved_manifest
-    up = max(strategy.plan(number).upload_manifest.num_elements for number in (1, 2))
     told = strategy.plan(study.rounds.num_rounds).broadcast
-    up_bytes, down_bytes = (_BYTES_PER_ELEMENT * size + HEADER_BYTES for size in (up, manifest.num_elements))
+    up_bytes, down_bytes = (
+        _BYTES_PER_ELEMENT * size + HEADER_BYTES for size in (strategy.num_uploaded, manifest.num_elements)
+    )
     if told is None:
         return f"{up_bytes:,} bytes from each site in every round, {down_bytes:,} to it"
     down_bytes += _BYTES_PER_ELEMENT * told.num_elements + HEADER_BYTES

@@ -231,8 +231,7 @@ def traffic_of(study: StudyConfig) -> Traffic:
     if told is not None:
         adapter += HEADER_BYTES + _ELEMENT_BYTES * told.num_elements
     if not study.sums_securely:
-        largest = max(strategy_of(study).plan(number).upload_manifest.num_elements for number in (1, 2))
-        up = HEADER_BYTES + _ELEMENT_BYTES * largest
+        up = HEADER_BYTES + _ELEMENT_BYTES * strategy_of(study).num_uploaded
         return Traffic(round_up=up, round_down=adapter + len(study.canonical), keys_up=0, keys_down=0, sums_per_keys=0)
     some_key = "0" * 64
     keyed = [site.model_copy(update={"signing_key": site.signing_key or some_key}) for site in study.sites]

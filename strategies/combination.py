@@ -168,7 +168,7 @@ def _check_individuals(strategy: Strategy, *, shrinks: bool) -> None:
 
 def _check_passes(strategy: Strategy) -> None:
     local, personal, rule = strategy.local, strategy.personal, strategy.rule
-    phases = [strategy.plan(number) for number in (1, 2)]
+    phases = strategy.phases
     if local.pulls and any(phase.passes > 1 for phase in phases):
         raise StudyError(
             f"Expected one pass over the data for {local.name!r}, which pulls at all that trains, got "
@@ -203,14 +203,14 @@ def _check_privacy(strategy: Strategy, study: StudyConfig) -> None:
             f"Expected no [privacy] with {local.name!r}, which tells each site's loss before training, got a study "
             "with it; noise would have to cover the loss too. Remove one of them."
         )
-    if personal.trains_its_own or any(strategy.plan(number).passes > 1 for number in (1, 2)):
+    if personal.trains_its_own or any(phase.passes > 1 for phase in strategy.phases):
         raise StudyError(
             f"Expected no [privacy] with {personal.name!r}, which trains on the same patients twice in a round and "
             "is charged once, got a study with it; remove one of them."
         )
     if study.privacy.trust != "consortium":
         return
-    if type(local) is not LocalMethod or not all(strategy.plan(number).is_mean_delta for number in (1, 2)):
+    if type(local) is not LocalMethod or not all(phase.is_mean_delta for phase in strategy.phases):
         raise StudyError(
             "Expected a strategy of which the mean change is all that travels with trust 'consortium', got "
             f"{' and '.join([strategy.rule.name, local.name, personal.name])}: shared noise is proven for sums of "

@@ -52,10 +52,15 @@ class Strategy:
         return isinstance(self.rule, IndividualRule)
 
     @property
+    def phases(self) -> tuple[Phase, Phase]:
+        """The first two rounds' phases: what trains may take turns, and then does so every other round."""
+        return self.plan(1), self.plan(2)
+
+    @property
     def remembers_at_sites(self) -> bool:
         """Whether sites keep something between rounds."""
         return (
-            any(self.plan(number).stays for number in (1, 2))
+            any(phase.stays for phase in self.phases)
             or self.trains_its_own
             or type(self.local).remember is not LocalMethod.remember
         )
@@ -63,7 +68,12 @@ class Strategy:
     @property
     def num_trained(self) -> int:
         """Numbers that train in a round, at most: what clipping bounds and noise falls on."""
-        return max(self.plan(number).trainable.manifest.num_elements for number in (1, 2))
+        return max(phase.trainable.manifest.num_elements for phase in self.phases)
+
+    @property
+    def num_uploaded(self) -> int:
+        """Numbers that a site uploads in a round, at most; without masks."""
+        return max(phase.upload_manifest.num_elements for phase in self.phases)
 
     @property
     def trains_its_own(self) -> bool:

@@ -14,8 +14,7 @@ from torch import Tensor
 from medfed.adapter_manifest import AdapterManifest
 from medfed.canonical import derive_seed
 from medfed.errors import StudyError
-
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+from medfed.models.peft_folder import LORA_A, LORA_B
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,12 @@ class LoraPair:
     @property
     def a(self) -> str:
         """Name of A."""
-        return f"{self.layer}{_A}"
+        return f"{self.layer}{LORA_A}"
 
     @property
     def b(self) -> str:
         """Name of B."""
-        return f"{self.layer}{_B}"
+        return f"{self.layer}{LORA_B}"
 
 
 def lora_pairs(manifest: AdapterManifest) -> tuple[LoraPair, ...]:
@@ -52,27 +51,27 @@ def lora_pairs(manifest: AdapterManifest) -> tuple[LoraPair, ...]:
         StudyError: for a pair of a convolution, whose product is no matrix.
     """
     shapes = {spec.name: spec.shape for spec in manifest.tensors}
-    layers = [name.removesuffix(_A) for name in shapes if name.endswith(_A)]
+    layers = [name.removesuffix(LORA_A) for name in shapes if name.endswith(LORA_A)]
     for layer in layers:
-        if len(shapes[f"{layer}{_A}"]) != 2:
+        if len(shapes[f"{layer}{LORA_A}"]) != 2:
             raise StudyError(
                 f"Expected adapter.targets of linear layers for this strategy, got {layer}, a convolution; choose "
                 "other targets, or strategy.name = 'fedit'."
             )
     return tuple(
-        LoraPair(layer, shapes[f"{layer}{_B}"][0], shapes[f"{layer}{_A}"][0], shapes[f"{layer}{_A}"][1])
+        LoraPair(layer, shapes[f"{layer}{LORA_B}"][0], shapes[f"{layer}{LORA_A}"][0], shapes[f"{layer}{LORA_A}"][1])
         for layer in layers
     )
 
 
 def is_a(name: str) -> bool:
     """Whether a tensor is the A of a pair."""
-    return name.endswith(_A)
+    return name.endswith(LORA_A)
 
 
 def is_b(name: str) -> bool:
     """Whether a tensor is the B of a pair."""
-    return name.endswith(_B)
+    return name.endswith(LORA_B)
 
 
 def frame(rows: int, columns: int, *facts: str | int) -> Tensor:

@@ -114,6 +114,6 @@ def check_ranks(study: StudyConfig, strategy: Strategy) -> None:
             "Expected sites of one rank for strategy.shrinkage, which needs noise of one size in all of an update, "
             "got a site with 'rank'; remove one of them."
         )
-    for number in (1, 2):  # what trains may take turns
+    for phase in strategy.phases:
         for site in ranks:
-            trainable_of(strategy.rule, strategy.plan(number), site)
+            trainable_of(strategy.rule, phase, site)

@@ -18,7 +18,7 @@ from medfed.adapter_manifest import AdapterManifest
 from medfed.canonical import canonical_bytes, derive_seed, sha256_hex
 from medfed.errors import StudyError
 from medfed.models.folding import FoldableBase, ModelState, lora_layers, stacked
-from medfed.models.peft_folder import add_folds
+from medfed.models.peft_folder import replace_pairs
 from medfed.models.pixels import PixelSpec
 from medfed.models.registry import Backbone, backbone_of
 from medfed.models.staged import count_frozen_stages
@@ -137,7 +137,7 @@ class AdaptedModel:
             self.load(before_P)
         if state.folds:
             adapter = self.manifest.unflatten(state.adapter_P)
-            add_folds(folder, stacked([*(fold.pairs for fold in state.folds), adapter]))
+            replace_pairs(folder, stacked([*(fold.pairs for fold in state.folds), adapter]))
 
 
 def _attach_adapter(backbone: nn.Module, entry: Backbone, study: StudyConfig) -> Any:

@@ -17,10 +17,7 @@ from safetensors.torch import load_file
 
 from medfed.errors import StudyError
 from medfed.models.folding import compressed
-from medfed.models.peft_folder import add_folds
-
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+from medfed.models.peft_folder import CONFIG, LORA_A, LORA_B, WEIGHTS, replace_pairs
 
 
 @dataclass(frozen=True)
@@ -57,11 +54,11 @@ def compress(folder: Path, out: Path, rank: int) -> list[CompressedLayer]:
         StudyError: if the folder holds no adapter with LoRA layers, layers differ in alpha / r, or ``out`` exists.
     """
     try:
-        tensors = load_file(folder / _WEIGHTS)
-        config = json.loads((folder / _CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+        config = json.loads((folder / CONFIG).read_text())
     except (OSError, SafetensorError, ValueError) as error:
         raise StudyError(f"Expected an adapter folder at {folder}, got: {error}; check the path.") from None
-    layers = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
+    layers = sorted(name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A))
     if not layers:
         raise StudyError(f"Expected LoRA layers in {folder}, got none; there is nothing to compress.")
     _check_scale(config, folder)
@@ -69,13 +66,13 @@ def compress(folder: Path, out: Path, rank: int) -> list[CompressedLayer]:
         raise StudyError(f"Expected a new folder to write to, got {out}, which exists; name another.")
     pairs, facts = {}, []
     for layer in layers:
-        b, a = tensors[f"{layer}{_B}"].double(), tensors[f"{layer}{_A}"].double()
+        b, a = tensors[f"{layer}{LORA_B}"].double(), tensors[f"{layer}{LORA_A}"].double()
         kept = min(rank, b.shape[1])
         pairs[layer] = (b, a) if kept == b.shape[1] else compressed(b, a, kept)
         lost = b @ a - pairs[layer][0] @ pairs[layer][1]
         facts.append(CompressedLayer(layer, b.shape[1], kept, float((b @ a).norm()), float(lost.norm())))
     shutil.copytree(folder, out)
-    add_folds(out, pairs)
+    replace_pairs(out, pairs)
     return facts
 
 

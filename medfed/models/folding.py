@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from medfed.errors import StudyError
-
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+from medfed.models.peft_folder import LORA_A, LORA_B
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Fold:
     @property
     def layers(self) -> list[str]:
         """Names of the layers, sorted."""
-        return sorted(name.removesuffix(_A) for name in self.pairs if name.endswith(_A))
+        return sorted(name.removesuffix(LORA_A) for name in self.pairs if name.endswith(LORA_A))
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class FoldableBase:
     def _check(self, one: Fold) -> None:
         for name in one.layers:
             weight = self._weight(name)
-            a, b = one.pairs[f"{name}{_A}"], one.pairs[f"{name}{_B}"]
+            a, b = one.pairs[f"{name}{LORA_A}"], one.pairs[f"{name}{LORA_B}"]
             if (b.shape[0], a.shape[1]) != tuple(weight.shape) or b.shape[1] != a.shape[0]:
                 raise StudyError(
                     f"Expected a fold of shape {list(weight.shape)} for {name}, got "
@@ -104,7 +103,7 @@ class FoldableBase:
     def _add(self, one: Fold) -> None:
         for name in one.layers:
             weight, scale = self._weight(name), self._scale(name)
-            a, b = one.pairs[f"{name}{_A}"], one.pairs[f"{name}{_B}"]
+            a, b = one.pairs[f"{name}{LORA_A}"], one.pairs[f"{name}{LORA_B}"]
             self._original.setdefault(name, weight.clone())
             update = scale * (b.cpu().double() @ a.cpu().double())
             weight.copy_((weight.cpu().double() + update).float())
@@ -140,11 +139,11 @@ def stacked(folds: Sequence[Mapping[str, Tensor]]) -> dict[str, tuple[Tensor, Te
     Exact up to float64 rounding: where the ranks add up to more than a layer's smaller side, the sum is factored
     anew at that rank.
     """
-    layers = sorted({name.removesuffix(_A) for fold in folds for name in fold if name.endswith(_A)})
+    layers = sorted({name.removesuffix(LORA_A) for fold in folds for name in fold if name.endswith(LORA_A)})
     pairs = {}
     for layer in layers:
-        b = torch.cat([fold[f"{layer}{_B}"].double() for fold in folds if f"{layer}{_B}" in fold], dim=1)
-        a = torch.cat([fold[f"{layer}{_A}"].double() for fold in folds if f"{layer}{_A}" in fold], dim=0)
+        b = torch.cat([fold[f"{layer}{LORA_B}"].double() for fold in folds if f"{layer}{LORA_B}" in fold], dim=1)
+        a = torch.cat([fold[f"{layer}{LORA_A}"].double() for fold in folds if f"{layer}{LORA_A}" in fold], dim=0)
         if b.shape[1] > min(b.shape[0], a.shape[1]):
             b, a = compressed(b, a, min(b.shape[0], a.shape[1]))
         pairs[layer] = (b, a)
