@@ -23,6 +23,9 @@
     +-- LedgerError                 exit 14  a privacy ledger that was changed, lost or cannot be written
     +-- PolicyError                 exit 15  something that the site's policy does not allow
     +-- SecureAggregationError      exit 16  a step of secure aggregation that may not or cannot be taken
+    +-- LinkError                   exit 18  the other side refuses the connection, or speaks another version
+    |   +-- LinkDownError           exit 18  the other side cannot be reached now; trying again may help
+    +-- AuditLogError               exit 19  an audit log that was changed or cannot be written
 
 A message says what was expected, what was got and what to do. It is shown to the person in front of the
 process that raised it and is never sent over the network: it may name files. What travels is the name of
@@ -179,3 +182,23 @@ class SecureAggregationError(MedfedError):
 
     exit_code = 16
     public = "the site refused a step of secure aggregation"
+
+
+class LinkError(MedfedError):
+    """The connection between a site and the consortium's server is refused, or cannot be as the two are set up."""
+
+    exit_code = 18
+    public = "the connection was refused"
+
+
+class LinkDownError(LinkError):
+    """The other side cannot be reached, or does not answer; trying again may help."""
+
+    public = "the connection is down"
+
+
+class AuditLogError(MedfedError):
+    """The log of what left the site was changed, or cannot be written: nothing leaves without an entry in it."""
+
+    exit_code = 19
+    public = "the site's audit log needs attention"

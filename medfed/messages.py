@@ -110,6 +110,8 @@ class RoundReply(_Header):
             one is private, nothing where only sums are told.
         metrics: finite numbers only, under the names of the study's task (the server refuses others); what
             cannot be computed is left out.
+        epsilon: spent by this study on the site's cohort so far, retries included, as the site's ledger has it; told
+            by real sites that spend.
         refusal: set when nothing was done; then there is no payload.
     """
 
@@ -119,6 +121,7 @@ class RoundReply(_Header):
     attempt: Annotated[int, Field(ge=1)]
     num_examples: Annotated[int, Field(ge=0, le=10**9)] = 0
     metrics: Annotated[dict[str, float], Field(max_length=1000)] = {}
+    epsilon: Annotated[float, Field(ge=0)] | None = None
     refusal: Refusal | None = None
 
     def to_fields(self, *, adapter: bytes = b"", secure: bytes = b"") -> Fields:

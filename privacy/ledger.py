@@ -10,7 +10,8 @@ What can go wrong, and what then holds:
 event                                          effect
 =============================================  ====================================================
 kill or power cut before ``reserve`` returned  counted or not; nothing has trained
-... before ``settle`` returned                 counted; a retry finds the reply or is charged again
+... before ``settle`` returned                 counted, once: a retry finds the reply, or takes the
+                                               open reservation up
 disk full, read-only, I/O error                ``LedgerError``; a reservation that was made counts
 two processes reserve                          one after the other; both count
 the clock goes backwards                       times stand still; the accounting uses none
@@ -100,6 +101,10 @@ class PrivacyLedger(LedgerView):
         When this returns the charge is durable and counts; only then may training begin. All charges of the
         cohort count, whatever became of them, composed at the cap's delta.
 
+        An equal charge that was never settled is taken up and not charged a second time: whoever made it ended
+        before :meth:`settle`, which comes before a reply is sent, so nothing of that try has left. Noise must be drawn
+        anew. If both tries live on, only the first to settle may send; the other gets a ``LedgerError``.
+
         Raises:
             BudgetError: if the cap would be passed, or the charges protect different units, whose epsilons
                 do not compose; nothing was charged.
@@ -108,18 +113,23 @@ class PrivacyLedger(LedgerView):
         with self._lock, _writing(self._path):
             with transaction(self._path, write=True) as connection:
                 self._require_head(self._catch_up(connection))
-                require_one_unit(charge, cap, self._chain.spendings(charge.cohort))
-                earlier = self._chain.mechanisms(charge.cohort)
+                spendings = self._chain.spendings(charge.cohort)
+                require_one_unit(charge, cap, spendings)
+                taken_up = next((one for one in spendings if one.settled is None and one.charge == charge), None)
+                earlier = tuple(one.charge.mechanism for one in spendings if one is not taken_up)
                 projected = projected_epsilon(earlier, charge.mechanism, cap)
                 fits = projected <= cap.epsilon  # NaN does not fit
-                if fits:
+                if taken_up is not None:
+                    sequence = taken_up.reserved.sequence
+                elif fits:
                     sequence, time_ms = self._next_place()
                     self._append(connection, Reserved(sequence=sequence, time_ms=time_ms, charge=charge, cap=cap))
             if fits:
                 self._advance_head()
         if not fits:  # said without the lock: to count the steps that still fit takes a while
             raise refusal(earlier, charge, cap, projected)
-        _log.info("event=reserved entry=%d round=%d steps=%d", sequence, charge.round, charge.mechanism.steps)
+        event = "reserved" if taken_up is None else "taken_up"
+        _log.info("event=%s entry=%d round=%d steps=%d", event, sequence, charge.round, charge.mechanism.steps)
         return Reservation(sequence, charge)
 
     def settle(

@@ -335,7 +335,7 @@ def test_reply_that_could_not_be_kept_is_not_sent_and_counts(asked: Asked, monke
             asked.train()
     assert asked.outcomes() == [None]
     asked.train()
-    assert asked.outcomes() == [None, "sent"]
+    assert asked.outcomes() == ["sent"]  # the open reservation was taken up: nothing of the first try has left
 
 
 def in_child(work: Callable[[], bytes]) -> tuple[int, int]:
@@ -350,7 +350,7 @@ def in_child(work: Callable[[], bytes]) -> tuple[int, int]:
     try:
         forget_sites()
         os.write(writing, work())
-    except BudgetError:
+    except (BudgetError, LedgerError):  # over the cap, or another process settled the one reservation first
         os.write(writing, b"refused")
     finally:
         os._exit(0)
@@ -504,7 +504,7 @@ serve.train(instruction, fields, site_of_partition(0))
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("rounds_in_cap", [2, 1])
-def test_process_killed_while_it_trains_has_spent_the_round(
+def test_process_killed_while_it_trains_has_spent_the_round_once(
     asked: Asked, open_sites: OpenSites, trainings: list[int], rounds_in_cap: int
 ) -> None:
     open_sites(asked.study, epsilon=asked.epsilon_of(rounds_in_cap) + 0.01)
@@ -520,15 +520,13 @@ def test_process_killed_while_it_trains_has_spent_the_round(
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert asked.outcomes() == [None]
+    asked.train()
+    assert (trainings, asked.outcomes()) == ([0], ["sent"]), "the reservation of the dead process is taken up"
     if rounds_in_cap == 1:
         with pytest.raises(BudgetError, match=f"Spent so far: {asked.epsilon_of(1):.6g}"):
-            asked.train()
-        assert (trainings, asked.outcomes()) == ([], [None])
-    else:
-        asked.train()
-        assert (trainings, asked.outcomes()) == ([0], [None, "sent"])
-        with pytest.raises(BudgetError):
             asked.train(2)
+    else:
+        asked.train(2)
 
 
 @pytest.mark.process

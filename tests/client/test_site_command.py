@@ -48,7 +48,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ledger = PrivacyLedger.open(path, KEY, clock=lambda: 1_767_225_600.0)
     ledger.settle(ledger.reserve(charge(1), CAP), "sent", b"x", {"clip_fraction": 0.123456})
     ledger.reserve(charge(2), CAP)
-    ledger.settle(ledger.reserve(charge(2), CAP), "failed", None, {})
+    asked_again = dataclasses.replace(charge(2), request_digest="ff" * 32)  # from another adapter
+    ledger.settle(ledger.reserve(asked_again, CAP), "failed", None, {})
     ledger.settle(ledger.reserve(charge(4), CAP), "sent", b"y", {})
     ledger.reserve(charge(1, study="nodules"), CAP)
     return path

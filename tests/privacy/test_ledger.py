@@ -245,6 +245,44 @@ def test_reservation_of_a_process_that_died_can_be_settled_by_the_next(
     assert ledger.stored_reply("chest-2024", make_charge().request_digest) == b"redone"
 
 
+def test_equal_charge_that_was_never_settled_is_taken_up_and_paid_once(
+    ledger: PrivacyLedger, make_charge: MakeCharge, cap: Cap, count_steps: None
+) -> None:
+    first = ledger.reserve(make_charge(1, steps=10), cap)
+    again = ledger.reserve(make_charge(1, steps=10), cap)
+    assert again == first
+    assert ledger.spent("chest-2024", 1e-5).value == 10
+    ledger.settle(again, "sent", b"reply", {})
+    with pytest.raises(LedgerError, match="Expected an open reservation"):
+        ledger.settle(first, "sent", b"other noise", {})  # only one try may send
+
+
+@pytest.mark.parametrize("changes", [{"request_digest": "ff" * 32}, {"scope": "other"}, {"clip_norm": 2.0}])
+def test_charge_that_differs_from_an_open_one_is_paid_anew(
+    ledger: PrivacyLedger, make_charge: MakeCharge, cap: Cap, count_steps: None, changes: dict[str, object]
+) -> None:
+    ledger.reserve(make_charge(1, steps=3), cap)
+    ledger.reserve(make_charge(1, steps=3, **changes), cap)
+    assert ledger.spent("chest-2024", 1e-5).value == 6
+
+
+def test_charge_that_failed_is_paid_anew(
+    ledger: PrivacyLedger, make_charge: MakeCharge, cap: Cap, count_steps: None
+) -> None:
+    ledger.settle(ledger.reserve(make_charge(1, steps=3), cap), "failed", None, {})
+    ledger.reserve(make_charge(1, steps=3), cap)
+    assert ledger.spent("chest-2024", 1e-5).value == 6
+
+
+def test_open_reservation_is_not_taken_up_under_a_cap_that_it_passes(
+    ledger: PrivacyLedger, make_charge: MakeCharge, cap: Cap, count_steps: None
+) -> None:
+    ledger.reserve(make_charge(1, steps=10), cap)
+    lowered = Cap(epsilon=9.0, delta=cap.delta, unit=cap.unit)
+    with pytest.raises(BudgetError):
+        ledger.reserve(make_charge(1, steps=10), lowered)
+
+
 @pytest.mark.parametrize(
     ("outcome", "reply", "facts"),
     [
