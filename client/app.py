@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client import secure_round, serve
-from client.site import Site, site_of_partition
+from client.site import Site, site_of
 from medfed.errors import MessageError
 from medfed.messages import INSTRUCTION_FIELDS, RECORD_KEY, Fields, Refusal, RoundInstruction, RoundReply, exact_fields
 
@@ -75,7 +75,7 @@ def _answer(message: Message, context: Context, action: Callable[[RoundInstructi
     try:
         fields = _fields_of(message)
         instruction = RoundInstruction.parse(fields)
-        site = site_of_partition(int(context.node_config["partition-id"]))
+        site = site_of(context.node_config)
     except Exception as error:
         raise RuntimeError(type(error).__name__) from None
     try:

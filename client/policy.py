@@ -1,8 +1,9 @@
 """The hospital's own rules: what may train on its patients, whatever a study says.
 
 A policy is a TOML file that the hospital writes and nobody sends. What it does not allow is refused before
-anything trains; what it leaves out does not exist: every key is required but those with ``None``, and an unknown
-key is an error.
+anything trains; what it leaves out does not exist: a policy without ``approved_studies`` has none, one without
+``[budget]`` none either, all other keys are required, and an unknown key is an error. A hospital in a consortium
+approves studies with ``medfed site approve``, which adds to ``approved_studies`` (:mod:`client.open_site`).
 
 ::
 
@@ -63,7 +64,7 @@ class SitePolicy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    approved_studies: tuple[Digest, ...]
+    approved_studies: tuple[Digest, ...] = ()
     minimum_patients: Annotated[int, Field(ge=1)]
     allow_unprotected: bool
     budget: Budget | None = None
@@ -77,7 +78,8 @@ class SitePolicy(BaseModel):
         if study.digest not in self.approved_studies:
             raise PolicyError(
                 f"Expected one of {len(self.approved_studies)} approved studies, got {study.name!r} with digest "
-                f"{study.digest}; read it, and add the digest to approved_studies if it may train here."
+                f"{study.digest}; read it, and if it may train here run 'medfed site approve', or add the digest to "
+                "approved_studies."
             )
         privacy = study.privacy
         if privacy is None or privacy.trust == "none":

@@ -19,7 +19,7 @@ from client.round_start import RoundStart
 from client.secure_round import MaskedRound
 from client.site import Site
 from medfed.canonical import canonical_bytes, sha256_hex
-from medfed.errors import PrivacyError
+from medfed.errors import PolicyError, PrivacyError
 from medfed.messages import RoundInstruction
 from medfed.models.adapted import AdaptedModel
 from medfed.study import StudyConfig
@@ -144,9 +144,11 @@ def _charged(
 
     Raises:
         BudgetError: if the cohort's budget does not allow the round; nothing was spent.
+        PolicyError: if there is no budget any more; likewise.
         LedgerError: if the ledger cannot be trusted or written.
     """
-    assert site.policy.budget is not None  # the policy refused the study otherwise
+    if (budget := site.policy.budget) is None:  # taken back since the policy allowed the study
+        raise PolicyError("Expected a [budget] to charge the round to, got none; nothing was trained.")
     charge = Charge(
         cohort=site.cohort_name(instruction.scope),
         study=study.name,
@@ -160,7 +162,7 @@ def _charged(
         adjacency=plan.adjacency,
         request_digest=request,
     )
-    reservation = site.ledger.reserve(charge, site.policy.budget.cap)
+    reservation = site.ledger.reserve(charge, budget.cap)
     settled = False
 
     def keep(reply: bytes, facts: dict[str, float]) -> None:

@@ -1,14 +1,14 @@
 """Who this site is and what it holds: the hospital's side of a study, decided at the hospital.
 
-Nothing here is taken from a message. A simulation describes its virtual sites in one JSON file, named by the
-environment variable ``MEDFED_SITES``, so that the same client app finds its site in whatever process it
-runs: this one, a forked worker, or a Ray actor.
+Nothing here is taken from a message. A hospital's site lies in one folder, named by the environment variable
+``MEDFED_SITE``. A simulation describes its virtual sites in one JSON file, named by ``MEDFED_SITES``, so that the same
+client app finds its site in whatever process it runs: a hospital's, this one, a forked worker, or a Ray actor.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -20,16 +20,19 @@ from client.features import FeatureCache, cache_key
 from client.policy import SitePolicy
 from client.site_memory import SiteMemory
 from medfed.device import DeviceChoice, choose_device, prepare_cpu
-from medfed.errors import PolicyError, StudyError
+from medfed.errors import PolicyError, SiteError, StudyError
 from medfed.models.pixels import PixelSpec
+from medfed.signing import read_key
 from medfed.study import StudyConfig
 from medfed.study_sections import Name
 from privacy.ledger import PrivacyLedger
-from privacy.ledger_key import read_key
 from privacy.randomness import RandomStream
 from privacy.secure_aggregation.client import SecureClient
 from privacy.secure_aggregation.identity import read_identity
 from privacy.secure_aggregation.plan import SecureAggregationPlan
+
+SITE_VARIABLE = "MEDFED_SITE"
+"""Environment variable with the folder of a hospital's site."""
 
 SITES_VARIABLE = "MEDFED_SITES"
 """Environment variable with the path of a :class:`VirtualSites` file."""
@@ -95,7 +98,6 @@ class Site:
         manifests: its data.
         device: where it computes.
         features: its feature cache.
-        policy: what may train here.
         cohorts: scope -> name of the cohort that pays for it; decided here, since a scope that the server may
             choose would come with a new budget each time.
 
@@ -104,7 +106,8 @@ class Site:
         manifests: as above.
         device: as above.
         features: as above.
-        policy: as above.
+        policy: asked anew whenever it counts, so that a hospital may change its mind while a site runs.
+        cohorts: as above.
         ledger: the privacy ledger's file; made when the first private round comes.
         ledger_key: file of the key that signs it.
         identity: file of the keys by which other sites know this one; needed for secure aggregation.
@@ -120,7 +123,7 @@ class Site:
         *,
         device: torch.device,
         features: FeatureCache,
-        policy: SitePolicy,
+        policy: Callable[[], SitePolicy],
         cohorts: Mapping[str, str],
         ledger: Path,
         ledger_key: Path,
@@ -133,7 +136,7 @@ class Site:
         self.manifests = manifests
         self.device = device
         self.features = features
-        self.policy = policy
+        self._policy = policy
         self.cohorts = cohorts
         self._ledger_path = ledger
         self._ledger_key = ledger_key
@@ -143,6 +146,15 @@ class Site:
         self._secure_clients: dict[bytes, SecureClient] = {}
         self._noise_seed = noise_seed
         self._cohorts: dict[str, Cohort] = {}
+
+    @property
+    def policy(self) -> SitePolicy:
+        """What may train here, now.
+
+        Raises:
+            SiteError: if the policy cannot be read; then nothing trains.
+        """
+        return self._policy()
 
     @cached_property
     def ledger(self) -> PrivacyLedger:
@@ -199,6 +211,33 @@ class Site:
         return self._cohorts[key]
 
 
+def site_of(node_config: Mapping[str, object]) -> Site:
+    """The site that this process is, or the virtual one of a simulation that it is asked to be.
+
+    Args:
+        node_config: of the Flower node; its ``partition-id`` counts in simulations only.
+
+    Raises:
+        SiteError: if a hospital's folder is not as it must be, or the process is told that it is both.
+        StudyError: as :func:`site_of_partition`.
+    """
+    folder = os.environ.get(SITE_VARIABLE)
+    if not folder:
+        return site_of_partition(int(str(node_config["partition-id"])))
+    if os.environ.get(SITES_VARIABLE):
+        raise SiteError(
+            f"Expected {SITE_VARIABLE} or {SITES_VARIABLE}, got both: a hospital simulates nobody; unset one."
+        )
+    return _open_site(folder)
+
+
+@lru_cache(maxsize=1)
+def _open_site(folder: str) -> Site:
+    from client.open_site import open_site  # it builds on this module
+
+    return open_site(Path(folder))
+
+
 def site_of_partition(partition_id: int) -> Site:
     """The virtual site with this partition id; the same object at every call in a process.
 
@@ -215,8 +254,9 @@ def site_of_partition(partition_id: int) -> Site:
 
 
 def forget_sites() -> None:
-    """Close what :func:`site_of_partition` opened: files may have changed, and caches take memory."""
+    """Close what :func:`site_of` opened: files may have changed, and caches take memory."""
     _open_sites.cache_clear()
+    _open_site.cache_clear()
 
 
 @lru_cache(maxsize=1)
@@ -237,7 +277,7 @@ def _open_sites(path: str) -> tuple[Site, ...]:
             site.manifests,
             device=device,
             features=features,
-            policy=virtual.policy,
+            policy=lambda: virtual.policy,
             cohorts=virtual.cohorts,
             ledger=virtual.ledgers / f"{site.name}.sqlite",
             ledger_key=virtual.ledger_key,

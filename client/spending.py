@@ -9,11 +9,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from medfed.errors import LedgerError, SiteError
+from medfed.signing import read_public_key
 from privacy.accounting import epsilon_spent
 from privacy.ledger import SUFFIX
 from privacy.ledger_chain import Chain, Spending, raw_hex
 from privacy.ledger_entry import Adjacency, Cap, Unit
-from privacy.ledger_key import read_public_key
 from privacy.ledger_view import inspect_ledger, public_key_path
 
 UNSETTLED = "unsettled"

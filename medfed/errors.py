@@ -23,6 +23,8 @@
     +-- LedgerError                 exit 14  a privacy ledger that was changed, lost or cannot be written
     +-- PolicyError                 exit 15  something that the site's policy does not allow
     +-- SecureAggregationError      exit 16  a step of secure aggregation that may not or cannot be taken
+    +-- ConsortiumError             exit 17  a consortium's folder, kit or enrolment that is not as it must be
+    |   +-- DocumentError           exit 17  a signed document that is damaged, or that somebody else signed
     +-- LinkError                   exit 18  the other side refuses the connection, or speaks another version
     |   +-- LinkDownError           exit 18  the other side cannot be reached now; trying again may help
     +-- AuditLogError               exit 19  an audit log that was changed or cannot be written
@@ -182,6 +184,19 @@ class SecureAggregationError(MedfedError):
 
     exit_code = 16
     public = "the site refused a step of secure aggregation"
+
+
+class ConsortiumError(MedfedError):
+    """A consortium's folder, a kit or an enrolment that is not as it must be, or belongs to another consortium."""
+
+    exit_code = 17
+    public = "the consortium's files need attention"
+
+
+class DocumentError(ConsortiumError):
+    """A signed document that is damaged, of another kind, or signed by somebody who is not believed."""
+
+    public = "a signed document is not as it must be"
 
 
 class LinkError(MedfedError):

@@ -40,11 +40,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from medfed.canonical import sha256_hex
 from medfed.durable_file import make_private_folder, replace_durably
 from medfed.errors import LedgerError, PrivacyError, SiteError
+from medfed.signing import public_pem
 from privacy.ledger_cap import projected_epsilon, refusal, require_one_unit
 from privacy.ledger_chain import raw_hex, reply_key
 from privacy.ledger_entry import Body, Cap, Charge, Opened, Outcome, Reserved, Settled, checked_facts, signed_entry
 from privacy.ledger_head import Head, head_path, read_head, write_head
-from privacy.ledger_key import public_pem
 from privacy.ledger_store import append_entry, create_file, create_schema, has_schema, replace_reply, transaction
 from privacy.ledger_view import LedgerView, public_key_path
 

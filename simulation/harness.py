@@ -25,10 +25,10 @@ from medfed.errors import CheckpointError, StudyError
 from medfed.models.adapted import AdaptedModel, adapted_model
 from medfed.models.adapted import resolve as resolve_study
 from medfed.models.folding import ModelState
+from medfed.signing import create_key
 from medfed.study import FEDERATED, POOLED_SITE, StudyConfig, read_study
 from medfed.tasks import task_of
 from privacy.accounting import epsilon_spent
-from privacy.ledger_key import create_key
 from privacy.plan import PrivacyPlan, calibrated
 from server.checkpoint import read_checkpoint, write_durably
 from server.report import write_report

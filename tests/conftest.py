@@ -17,8 +17,8 @@ import torch
 from hypothesis import Phase, settings
 
 from client.site import SITES_VARIABLE, forget_sites
+from medfed.signing import create_key
 from medfed.study import StudyConfig
-from privacy.ledger_key import create_key
 
 torch.set_num_threads(1)
 settings.register_profile("medfed", derandomize=True, deadline=None)

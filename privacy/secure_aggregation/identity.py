@@ -8,7 +8,6 @@ open nothing that was sent before.
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from medfed.durable_file import create_durably, make_private_folder
 from medfed.errors import SecureAggregationError, SiteError
+from medfed.private_file import create_private, read_private
+from medfed.signed_document import DocumentBody, sign_document
 from privacy.secure_aggregation.framing import labelled
 
 SECRET_BYTES = 32
@@ -88,6 +88,10 @@ class Identity:
         """An Ed25519 signature of the fields under a label."""
         return self._signing.sign(labelled(label, *fields))
 
+    def signed_document(self, body: DocumentBody) -> bytes:
+        """A document that this site stands for; signed apart from all steps of secure aggregation."""
+        return sign_document(body, self._signing)
+
 
 def shared_secret(key: X25519PrivateKey, public_key: bytes) -> bytes:
     """X25519 (RFC 7748).
@@ -122,14 +126,7 @@ def create_identity(path: Path) -> Identity:
         SiteError: if there is one already, or it cannot be written.
     """
     secret = os.urandom(SECRET_BYTES)
-    try:
-        make_private_folder(path.parent)
-        try:
-            create_durably(path, secret, mode=0o600)
-        except FileExistsError:
-            raise SiteError(f"Expected no identity at {path} yet, got one; use it, or name another place.") from None
-    except OSError as error:
-        raise SiteError(f"Expected to write an identity to {path}, got: {error}; mend it and try again.") from None
+    create_private(path, secret, "identity")
     return Identity(secret)
 
 
@@ -139,12 +136,4 @@ def read_identity(path: Path) -> Identity:
     Raises:
         SiteError: if it is missing, damaged, or anybody but the owner may read it.
     """
-    try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            secret = file.read()
-    except OSError as error:
-        raise SiteError(f"Expected this site's identity at {path}, got: {error}; restore it.") from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise SiteError(f"Expected {path} for its owner alone (mode 0600), got mode {mode:04o}; run chmod 600 on it.")
-    return Identity(secret)
+    return Identity(read_private(path, "identity"))

@@ -95,7 +95,7 @@ def test_a_policy_is_read_from_toml(private: StudyConfig, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "approved_studies: Field required"),
+        ("", "minimum_patients: Field required"),
         ("approved_studies = []\nminimum_patients = 3\nallow_unprotected = false\nepsilon = 8\n", "epsilon: Extra"),
         ('approved_studies = ["abc"]\nminimum_patients = 3\nallow_unprotected = false\n', "approved_studies.0"),
         ("minimum_patients = ", "a readable policy in TOML"),

@@ -36,11 +36,11 @@ from medfed.errors import (
 from medfed.messages import Fields, RoundInstruction, RoundReply
 from medfed.models.adapted import adapted_model, resolve
 from medfed.payload import decode_adapter, encode_adapter
+from medfed.signing import read_public_key
 from medfed.study import StudyConfig
 from privacy.accounting import epsilon_spent
 from privacy.ledger import PrivacyLedger
 from privacy.ledger_chain import Spending
-from privacy.ledger_key import read_public_key
 from privacy.ledger_view import LedgerView, public_key_path
 from privacy.plan import PrivacyPlan
 

@@ -12,10 +12,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.site_command import _ranges
 from medfed.cli import main
+from medfed.signing import public_pem
 from privacy.accounting import Mechanism, epsilon_spent
 from privacy.ledger import PrivacyLedger
 from privacy.ledger_entry import Cap, Charge
-from privacy.ledger_key import public_pem
 from privacy.skellam_accounting import SkellamMechanism
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medfed.errors import SiteError
-from privacy.ledger_key import create_key, public_pem, read_key, read_public_key
+from medfed.signing import create_key, public_pem, read_key, read_public_key
 
 
 def raw(key: Ed25519PrivateKey) -> bytes:

@@ -1,19 +1,19 @@
-"""The Ed25519 key with which a site signs its privacy ledger, as a file that only its owner may read."""
+"""Ed25519 keys that sign what a site or a coordinator stands for, as files that only their owner may read."""
 
 from __future__ import annotations
 
-import os
-import stat
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from medfed.durable_file import create_durably, make_private_folder
+from medfed.canonical import sha256_hex
 from medfed.errors import SiteError
+from medfed.private_file import create_private, read_private
 
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_FINGERPRINT_DIGITS = 28  # 112 bits: nobody finds a second key with the same ones
+_GROUP = 4
 
 
 def create_key(path: Path) -> Ed25519PrivateKey:
@@ -27,14 +27,7 @@ def create_key(path: Path) -> Ed25519PrivateKey:
     """
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    try:
-        make_private_folder(path.parent)
-        try:
-            create_durably(path, pem, mode=0o600)
-        except FileExistsError:
-            raise SiteError(f"Expected no key at {path} yet, got one; use it, or name another place.") from None
-    except OSError as error:
-        raise SiteError(f"Expected to write a new key to {path}, got: {error}; mend it and try again.") from None
+    create_private(path, pem, "key")
     return key
 
 
@@ -45,17 +38,7 @@ def read_key(path: Path) -> Ed25519PrivateKey:
         SiteError: if the file is missing, may be read or written by anybody but its owner, or holds no
             unencrypted Ed25519 key.
     """
-    try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            pem = file.read()
-    except OSError as error:
-        raise SiteError(f"Expected the site's key at {path}, got: {error}; create it or name its place.") from None
-    if mode & _OTHERS:
-        raise SiteError(
-            f"Expected a key that only its owner may read (mode 0600), got mode {mode:04o} at {path}; "
-            f"run chmod 600, and make a new key if others could have read this one."
-        )
+    pem = read_private(path, "key")
     try:
         key = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -87,3 +70,18 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
     if not isinstance(key, Ed25519PublicKey):
         raise SiteError(f"Expected an Ed25519 public key (PEM) at {path}, got something else; name another file.")
     return key
+
+
+def public_hex(key: Ed25519PrivateKey) -> str:
+    """The public half of a key, raw, as 64 hexadecimal digits: how documents and studies name a signer."""
+    return key.public_key().public_bytes_raw().hex()
+
+
+def fingerprint(public_key: str) -> str:
+    """A public key in seven groups of four digits, to be compared by telephone: 112 bits of its SHA-256.
+
+    Args:
+        public_key: raw, hexadecimal.
+    """
+    digits = sha256_hex(bytes.fromhex(public_key))[:_FINGERPRINT_DIGITS]
+    return "-".join(digits[start : start + _GROUP] for start in range(0, len(digits), _GROUP))
