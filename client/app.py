@@ -9,6 +9,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client import secure_round, serve
+from client.reply_store import question_digest
+from client.request import approved_study
 from client.site import Site, site_of
 from medfed.errors import MessageError
 from medfed.messages import INSTRUCTION_FIELDS, RECORD_KEY, Fields, Refusal, RoundInstruction, RoundReply, exact_fields
@@ -79,7 +81,7 @@ def _answer(message: Message, context: Context, action: Callable[[RoundInstructi
     except Exception as error:
         raise RuntimeError(type(error).__name__) from None
     try:
-        reply = action(instruction, fields, site)
+        reply = _answered(message.metadata.message_type, action, instruction, fields, site)
     except Exception as error:  # whatever it is, its text may name files, and must not travel
         _log.error("event=refused round=%d kind=%s", instruction.round, type(error).__name__)
         _log.debug("event=traceback round=%d", instruction.round, exc_info=True)
@@ -91,6 +93,29 @@ def _answer(message: Message, context: Context, action: Callable[[RoundInstructi
             refusal=Refusal.of(error),
         ).to_fields()
     return Message(RecordDict({RECORD_KEY: ConfigRecord(dict(reply))}), reply_to=message)
+
+
+def _answered(
+    asked: str,
+    action: Callable[[RoundInstruction, Fields, Site], Fields],
+    instruction: RoundInstruction,
+    fields: Fields,
+    site: Site,
+) -> Fields:
+    """What the action replies; for a question that was answered before, those very bytes.
+
+    A refusal is not kept: its reason may be mended. Nor is what a site says of itself, which may change.
+    """
+    if site.replies is None or action is serve.describe:
+        return action(instruction, fields, site)
+    question = question_digest(asked, fields)
+    if (stored := site.replies.stored(question)) is not None:
+        approved_study(instruction, fields, site)  # a hospital that has withdrawn sends nothing again
+        _log.info("event=answered_again round=%d", instruction.round)
+        return stored
+    reply = action(instruction, fields, site)
+    site.replies.keep(question, reply)
+    return reply
 
 
 def _fields_of(message: Message) -> Fields:

@@ -58,7 +58,7 @@ class Departure(BaseModel):
         attempt: of the round.
         outcome: ``reply``, ``refusal`` (nothing was done) or ``error`` (the process could not answer).
         kind: of the refusal or error; empty for a reply.
-        again: whether these very bytes were sent before, or may have been.
+        again: whether these very bytes were noted before: the server asked twice, or the process was killed.
         payload_bytes: of header and payloads.
         payload_digest: SHA-256 of them, in order; what the server can be shown to have received.
         metrics: names of the numbers told beside it.
@@ -129,6 +129,7 @@ class AuditLog:
                 self._take_torn_line_away()
                 lines = read_audit_log(self._path, key.public_key())
                 self._sequence, self._digest = len(lines), sha256_hex(lines[-1].canonical) if lines else _NONE
+                self._left = {line.departure.payload_digest for line in lines}
                 self._write_head()
 
     def append(self, departure: Departure) -> Line:
@@ -145,7 +146,12 @@ class AuditLog:
                 os.fsync(file.fileno())
             self._sequence, self._digest = line.sequence, sha256_hex(line.canonical)
             self._write_head()
+        self._left.add(departure.payload_digest)
         return line
+
+    def has_left(self, payload_digest: str) -> bool:
+        """Whether these very bytes were noted before."""
+        return payload_digest in self._left
 
     def _write_head(self) -> None:
         signature = self._key.sign(_signed(self._sequence, self._digest)).hex()

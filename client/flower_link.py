@@ -220,9 +220,7 @@ class FleetLink:
             return None
         metadata = message_from_proto(response.messages_list[0]).metadata
         tree = response.message_object_trees[0]
-        objects = {
-            part.object_id: self._pulled(metadata.run_id, part.object_id) for part in iterate_object_tree(tree)
-        }
+        objects = {part.object_id: self._pulled(metadata.run_id, part.object_id) for part in iterate_object_tree(tree)}
         return Delivery(tree.object_id, metadata.run_id, metadata.created_at, metadata.ttl, objects)
 
     def confirm(self, delivery: Delivery) -> None:
@@ -304,7 +302,7 @@ class FleetLink:
             node=self._node, run_id=run_id, object_id=digest, object_content=content, session_id=session_id
         )
         if not self._call(self._client.PushObject, request).stored:
-            raise LinkDownError(f"Expected {self._server} to store a part of the reply, got a refusal; it is sent again.")
+            raise LinkDownError(f"Expected {self._server} to store a part of a reply, got a refusal; it is sent again.")
 
     def _beat(self) -> None:
         """Tell the server again and again that this site is there, in a thread of its own."""
@@ -357,4 +355,3 @@ class FleetLink:
 
 class _RunOverError(LinkError):
     """The server says that the run is not running."""
-

@@ -8,6 +8,7 @@ from pathlib import Path
 from client.approvals import read_approvals
 from client.features import FeatureCache, cache_key
 from client.policy import SitePolicy
+from client.reply_store import ReplyStore
 from client.site import Site
 from client.site_folder import SiteFolder, existing_site
 from medfed.device import choose_device, prepare_cpu
@@ -73,4 +74,5 @@ def open_site(root: Path) -> Site:
         journal=folder.journals,
         memory=folder.memories,
         noise_seed=None,
+        replies=ReplyStore(folder.replies),
     )

@@ -71,8 +71,21 @@ def public_size(study: StudyConfig, cohort: Cohort, site: Site) -> int:
     return len(cohort.train) if declared is None else declared
 
 
+def told_epsilon(study: StudyConfig, instruction: RoundInstruction, site: Site) -> float | None:
+    """What the study has spent at a real site so far, for the coordinator; its charges are public, and so is this.
+
+    Virtual sites tell nothing: whoever runs a simulation reads their ledgers.
+    """
+    return None if site.replies is None else site.spent_on(study, instruction.scope)
+
+
 def reply_to(
-    instruction: RoundInstruction, site: Site, *, num_examples: int = 0, metrics: dict[str, float] | None = None
+    instruction: RoundInstruction,
+    site: Site,
+    *,
+    num_examples: int = 0,
+    metrics: dict[str, float] | None = None,
+    epsilon: float | None = None,
 ) -> RoundReply:
     """The header of this site's reply."""
     return RoundReply(
@@ -82,6 +95,7 @@ def reply_to(
         attempt=instruction.attempt,
         num_examples=num_examples,
         metrics=metrics or {},
+        epsilon=epsilon,
     )
 
 

@@ -17,12 +17,13 @@ from medfed.adapter_manifest import AdapterManifest
 from medfed.errors import MessageError
 from medfed.messages import Fields, RoundInstruction, bytes_field, model_digest
 from medfed.models.adapted import AdaptedModel
-from medfed.models.folding import Fold, ModelState
+from medfed.models.folding import ModelState
 from medfed.payload import decode_adapter, encode_adapter
 from medfed.study import StudyConfig
 from strategies.federation import Strategy
 from strategies.narrowed import trainable_of
 from strategies.registry import strategy_of
+from strategies.shared_model import shared_state
 from strategies.strategy import LocalResult, Phase, Tree
 from strategies.subspace import Subspace
 
@@ -160,11 +161,6 @@ def own_state(
     if strategy.trains_its_own:
         own_P = strategy.personal.own_start(own_P, memory)
     return ModelState(own_P, shared.folds)
-
-
-def shared_state(strategy: Strategy, adapter_P: Tensor, broadcast: Tree) -> ModelState:
-    """The shared model: the adapter, and what the rule folded into the base."""
-    return ModelState(adapter_P, tuple(Fold.of(pairs) for pairs in strategy.rule.folds(broadcast)))
 
 
 def _with_own(shared_P: Tensor, manifest: AdapterManifest, memory: Mapping[str, Tensor]) -> Tensor:

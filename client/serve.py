@@ -10,7 +10,7 @@ import logging
 
 from client.plain_round import plain_reply
 from client.private_round import engine_for, private_reply, shared_noise_reply
-from client.request import checked_cohort, public_size, reply_to, study_and_model
+from client.request import checked_cohort, public_size, reply_to, study_and_model, told_epsilon
 from client.round_start import RoundStart, begin_round, evaluated_state
 from client.secure_round import MaskedRound
 from client.site import Site
@@ -60,10 +60,12 @@ def train(instruction: RoundInstruction, fields: Fields, site: Site) -> Fields:
     if study.sums_securely_in(instruction.scope):
         masked = _masked_update(instruction, fields, study, model, start, site)
         _log.info("event=trained round=%d payload_bytes=%d", instruction.round, len(masked))
-        return reply_to(instruction, site, num_examples=size).to_fields(secure=masked)
+        epsilon = told_epsilon(study, instruction, site)
+        return reply_to(instruction, site, num_examples=size, epsilon=epsilon).to_fields(secure=masked)
     payload, metrics = _update(instruction, study, model, start, site)
     _log.info("event=trained round=%d payload_bytes=%d", instruction.round, len(payload))
-    return reply_to(instruction, site, num_examples=size, metrics=metrics).to_fields(adapter=payload)
+    epsilon = told_epsilon(study, instruction, site)
+    return reply_to(instruction, site, num_examples=size, metrics=metrics, epsilon=epsilon).to_fields(adapter=payload)
 
 
 def _masked_update(

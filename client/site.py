@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from client.data import Cohort, load_cohort
 from client.features import FeatureCache, cache_key
 from client.policy import SitePolicy
+from client.reply_store import ReplyStore
 from client.site_memory import SiteMemory
 from medfed.device import DeviceChoice, choose_device, prepare_cpu
 from medfed.errors import PolicyError, SiteError, StudyError
@@ -25,7 +26,9 @@ from medfed.models.pixels import PixelSpec
 from medfed.signing import read_key
 from medfed.study import StudyConfig
 from medfed.study_sections import Name
+from privacy.accounting import epsilon_spent
 from privacy.ledger import PrivacyLedger
+from privacy.plan import PrivacyPlan
 from privacy.randomness import RandomStream
 from privacy.secure_aggregation.client import SecureClient
 from privacy.secure_aggregation.identity import read_identity
@@ -114,6 +117,7 @@ class Site:
         journal: folder of what it answered in secure aggregation; in no backup.
         memory: folder of what it remembers between rounds.
         noise_seed: None draws from the operating system, as it must be wherever a patient is real.
+        replies: what it answered, for questions that come again; None answers every question anew, as a simulation may.
     """
 
     def __init__(
@@ -131,8 +135,10 @@ class Site:
         journal: Path,
         memory: Path,
         noise_seed: int | None,
+        replies: ReplyStore | None = None,
     ) -> None:
         self.name = name
+        self.replies = replies
         self.manifests = manifests
         self.device = device
         self.features = features
@@ -192,6 +198,28 @@ class Site:
         if scope not in self.cohorts:
             raise PolicyError(f"Expected a scope of {', '.join(self.cohorts)}, got {scope!r}; it has no cohort to pay.")
         return self.cohorts[scope]
+
+    def spent_on(self, study: StudyConfig, scope: str) -> float | None:
+        """Epsilon that one study spent on this site's patients so far; None if it spends nothing.
+
+        At the study's own delta. What other studies spent is the hospital's business, and is not in it.
+        """
+        if study.privacy is None or not (plan := PrivacyPlan.of_study(study)).is_private:
+            return None
+        charges = [spending.charge for spending in self.ledger.charges(self.cohort_name(scope))]
+        own = [charge.mechanism for charge in charges if (charge.study_digest, charge.scope) == (study.digest, scope)]
+        return epsilon_spent(own, plan.delta).value
+
+    def spent_in_all(self, scope: str) -> float:
+        """Epsilon that all studies together spent on the cohort that pays for a federation.
+
+        Raises:
+            PolicyError: if the hospital has no budget.
+        """
+        budget = self.policy.budget
+        if budget is None:
+            raise PolicyError("Expected a [budget] at a site that spends privacy, got none; decide on one.")
+        return self.ledger.spent(self.cohort_name(scope), budget.delta).value
 
     def random_stream(self, scope: str, round_number: int) -> RandomStream:
         """Where draws and noise of one round come from."""

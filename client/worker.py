@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -44,8 +44,13 @@ _LONGEST_PAUSE_S = 30.0
 class Link(Protocol):
     """What the worker needs of :class:`client.flower_link.FleetLink`."""
 
-    node_id: int
-    is_open: bool
+    @property
+    def node_id(self) -> int:
+        """Of this session."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is one."""
 
     def open(self, stale_node_id: int | None = None) -> int:
         """Begin a session."""
@@ -177,7 +182,7 @@ class SiteWorker:
         else:
             reply = self._answer(message, delivery)
         runtime_s = time.monotonic() - began_s
-        departure = self._departure(message, reply, again=pending.tries > 1)
+        departure = self._departure(message, reply)
         self._audit_log.append(departure)
         wanted = self._link.send(delivery, reply, runtime_s=runtime_s)
         _log.info(
@@ -201,24 +206,22 @@ class SiteWorker:
         self._states = {delivery.run_id: context.state}  # of the newest run alone
         return reply
 
-    def _departure(self, message: Message, reply: Message, *, again: bool) -> Departure:
-        """What the audit log says of a reply; a question or reply that is not one of ours is described as far as it is."""
+    def _departure(self, message: Message, reply: Message) -> Departure:
+        """What the audit log says of a reply; a question that is not one of ours is described as far as it can be."""
         action = message.metadata.message_type
-        noted = {
+        about: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "run": str(message.metadata.run_id),
             "action": action,
-            "again": again,
         }
         try:
             asked = RoundInstruction.parse(exact_fields(_record(message), INSTRUCTION_FIELDS))
-            about = {**asked.model_dump(mode="json")}
+            about |= asked.model_dump(mode="json")
         except MessageError:
-            about = {}
+            _log.debug("event=question_unread")
         if reply.has_error():
             kind = str(reply.error.reason)
             return Departure(
-                **noted,
                 **about,
                 outcome="error",
                 kind=kind,
@@ -230,17 +233,18 @@ class SiteWorker:
             for value in _record(reply).values()
             if isinstance(value, (str, bytes))
         ]
+        payload_digest = hashlib.sha256(b"".join(values)).hexdigest()
         said = RoundReply.parse({"header": str(_record(reply)["header"])})
         spends = said.epsilon is not None and said.refusal is None
         return Departure(
-            **noted,
             **about,
             outcome="reply" if said.refusal is None else "refusal",
             kind="" if said.refusal is None else said.refusal.kind,
             payload_bytes=sum(map(len, values)),
-            payload_digest=hashlib.sha256(b"".join(values)).hexdigest(),
+            payload_digest=payload_digest,
+            again=self._audit_log.has_left(payload_digest),
             metrics=tuple(sorted(said.metrics)),
-            epsilon_after=self._epsilon_after(asked.scope) if spends else None,
+            epsilon_after=self._epsilon_after(str(about["scope"])) if spends else None,
         )
 
 

@@ -1,8 +1,8 @@
-"""A file of a small JSON header and named bytes, that says whether it is whole: no pickle, nothing to execute.
+r"""A file of a small JSON header and named bytes, that says whether it is whole: no pickle, nothing to execute.
 
 ::
 
-    b"medfed framed 1\\n"     what it is
+    b"medfed framed 1\n"     what it is
     32 bytes                 SHA-256 of all that follows
     8 bytes                  length of the header, big-endian
     header                   canonical JSON: {"facts": {...}, "sizes": [[name, size], ...]}

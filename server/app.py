@@ -9,6 +9,7 @@ Run configuration (Flower carries scalars only):
 ``train-sites``       comma-separated (default: all sites of the study)
 ``evaluate-sites``    comma-separated (default: all sites of the study)
 ``evaluate-initial``  whether the adapter before round 1 is evaluated (default: true)
+``nodes``             ``site=number,...``: who is who, where keys say so (default: sites are asked)
 ====================  =====================================================================
 """
 
@@ -39,6 +40,7 @@ def main(grid: Grid, context: Context) -> None:
         evaluate_sites=_names(config.get("evaluate-sites"), study.site_names),
         quorum=min(study.quorum, len(train_sites)),
         evaluate_initial=bool(config.get("evaluate-initial", True)),
+        node_of=_nodes(str(config.get("nodes", ""))),
     )
     # The server adapts nothing: it needs the manifest and the adapter that the study's seed starts from.
     initial_P = adapted_model(study, torch.device("cpu")).initial_P
@@ -49,3 +51,8 @@ def _names(value: object, default: tuple[str, ...]) -> tuple[str, ...]:
     if value is None:
         return default
     return tuple(name for name in str(value).split(",") if name)
+
+
+def _nodes(value: str) -> dict[str, int]:
+    pairs = (pair.partition("=") for pair in value.split(",") if pair)
+    return {site: int(number) for site, _, number in pairs}

@@ -40,7 +40,7 @@ from flwr.app.message import remove_content_from_message
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
 from flwr.common.serde import fab_to_proto, message_to_proto, run_from_proto
-from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest, StopRunRequest
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
@@ -352,15 +352,23 @@ class LinkGrid(Grid):
         superlink: where.
         client: of its mail, with the run's token.
         run: the run.
+        on_sent: is told of every message that was handed over.
         on_reply: is told of every reply as it comes.
     """
 
     def __init__(
-        self, superlink: SuperLinkAddress, client: RuntimeHttpClient, run: Run, on_reply: Callable[[Message], None]
+        self,
+        superlink: SuperLinkAddress,
+        client: RuntimeHttpClient,
+        run: Run,
+        *,
+        on_sent: Callable[[Message], None],
+        on_reply: Callable[[Message], None],
     ) -> None:
         self._superlink = superlink
         self._client = client
         self._run = run
+        self._on_sent = on_sent
         self._on_reply = on_reply
         self._node = Node(node_id=SUPERLINK_NODE_ID)
         self._answered: set[str] = set()
@@ -434,6 +442,7 @@ class LinkGrid(Grid):
                 session_id=response.session_id,
             )
             self._superlink.call(self._client.PushObject, part)
+        self._on_sent(message)
         return str(response.message_ids[0])
 
     def _announced(self, message_ids: Iterable[str]) -> list[_Arriving]:
@@ -472,6 +481,7 @@ class StudyRun:
 
     Args:
         superlink: where.
+        on_sent: is told of every message that was handed over.
         on_reply: is told of every reply as it comes.
 
     Raises:
@@ -479,7 +489,13 @@ class StudyRun:
         LinkDownError: if it is away.
     """
 
-    def __init__(self, superlink: SuperLinkAddress, on_reply: Callable[[Message], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        superlink: SuperLinkAddress,
+        *,
+        on_sent: Callable[[Message], None] = lambda _: None,
+        on_reply: Callable[[Message], None] = lambda _: None,
+    ) -> None:
         require_flower()
         self._superlink = superlink
         content = build_fab_from_files(dict(_CODELESS_FAB))[0]
@@ -491,7 +507,8 @@ class StudyRun:
         task = superlink.call(self._client.PullTaskInput, PullTaskInputRequest())
         TaskIdentity.run_id, TaskIdentity.task_id = self._run_id, task.task_id
         TaskIdentity.node_id = SUPERLINK_NODE_ID
-        self.grid = LinkGrid(superlink, self._client, run_from_proto(task.run), on_reply)
+        run = run_from_proto(task.run)
+        self.grid = LinkGrid(superlink, self._client, run, on_sent=on_sent, on_reply=on_reply)
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._heart.start()
@@ -535,18 +552,3 @@ class StudyRun:
                 self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
             except (httpx.HTTPError, SystemExit) as problem:
                 _log.debug("event=no_heartbeat why=%s", type(problem).__name__)
-
-
-def stop_run(superlink: SuperLinkAddress, run_id: int) -> None:
-    """End a run of a process that died; never raises for one that is over.
-
-    Raises:
-        LinkDownError: if the SuperLink is away.
-    """
-    with closing(superlink.control()) as control:
-        try:
-            superlink.call(control.StopRun, StopRunRequest(run_id=run_id))
-        except LinkDownError:
-            raise
-        except LinkError:
-            _log.debug("event=no_run run=%d", run_id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flwr.serverapp import Grid
@@ -44,6 +44,8 @@ class Federation:
         evaluate_sites: sites that evaluate on their held-out patients.
         quorum: replies without which a round is not aggregated.
         evaluate_initial: whether the adapter before round 1 is evaluated.
+        node_of: number of each site's node, where keys say who is who: then only these are asked, and a reply counts
+            for the site that the key belongs to. Empty in simulations, where every node is asked who it is.
     """
 
     scope: str
@@ -51,6 +53,7 @@ class Federation:
     evaluate_sites: tuple[str, ...]
     quorum: int
     evaluate_initial: bool = True
+    node_of: Mapping[str, int] = field(default_factory=dict)
 
 
 def run_rounds(
@@ -66,8 +69,9 @@ def run_rounds(
         folder: where the checkpoint and ``metrics.jsonl`` live. A checkpoint found there is continued.
 
     Raises:
-        RoundError: if a named site cannot serve the study, or a round misses its quorum. The checkpoint of
-            the last completed round stays, and the run can be resumed.
+        RoundError: if fewer sites than the quorum can serve the study, or a round misses its quorum. The checkpoint
+            of the last completed round stays, and the run can be resumed. A site that is missing is looked for again
+            before every round, and takes part from then on.
         CheckpointError: if the folder's checkpoint is not this study's.
     """
     loop = _Loop(grid, study, federation)
@@ -80,8 +84,9 @@ def run_rounds(
         write_checkpoint(folder, state)
     else:
         write_metrics(folder, state)  # a crash may have come between the checkpoint and its metrics.jsonl
+        state = replace(state, weights={**weights, **state.weights})
     while state.round < study.rounds.num_rounds:
-        state = loop.trained(state)
+        state = loop.trained(loop.with_returned_sites(state))
         every, last = study.rounds.evaluate_every, state.round == study.rounds.num_rounds
         if last or (every is not None and state.round % every == 0):
             state = loop.evaluated(state)
@@ -106,25 +111,53 @@ class _Loop:
             self._secure_sums = SecureSums(study, federation.scope, self._ask_sites, quorum=federation.quorum)
 
     def find_sites(self) -> dict[str, float]:
-        """Ask every node who it is; learn the nodes of the federation's sites and their public weights.
+        """Ask who is there; learn the nodes of the federation's sites and their public weights.
 
         Raises:
-            RoundError: names the sites that did not answer or cannot serve the study.
+            RoundError: if fewer than the quorum can serve the study; names the sites that cannot, and why.
         """
-        found = self._ask("describe", dict.fromkeys(self._grid.get_node_ids()), 0, ModelPayload())
-        wanted = dict.fromkeys((*self._federation.train_sites, *self._federation.evaluate_sites))
-        missing = [site for site in wanted if site not in found.replies]
-        if missing:
+        wanted = tuple(dict.fromkeys((*self._federation.train_sites, *self._federation.evaluate_sites)))
+        found, answered = self._described(wanted)
+        missing = [site for site in wanted if site not in self._node_of]
+        if not self._enough(self._federation.train_sites) or not self._enough(self._federation.evaluate_sites):
             raise RoundError(
-                f"Expected {len(wanted)} sites that can serve the study, {_reasons(missing, found)}; "
+                f"Expected {len(wanted)} sites that can serve the study, {_reasons(missing, answered)}; "
                 "correct them and resume."
             )
-        self._node_of = {site: found.node_of[site] for site in wanted}
+        if missing:
+            _log.warning("event=missing sites=%s why=%s", ",".join(missing), _reasons(missing, answered))
+        return found
+
+    def with_returned_sites(self, state: Checkpoint) -> Checkpoint:
+        """The state with the weights of sites that were missing so far and answer now."""
+        missing = [site for site in self._federation.train_sites if site not in self._node_of]
+        if not missing:
+            return state
+        found, _ = self._described(missing)
+        for site in found:
+            _log.info("event=returned round=%d site=%s", state.round + 1, site)
+        return replace(state, weights={**found, **state.weights})
+
+    def _described(self, sites: Sequence[str]) -> tuple[dict[str, float], Exchange]:
+        """Public weights of those of these sites that train and answer; their nodes are known from now on."""
+        known = self._federation.node_of
+        nodes: dict[int, str | None] = {known[site]: site for site in sites if site in known}
+        if not known:
+            taken = set(self._node_of.values())
+            nodes = dict.fromkeys(node for node in self._grid.get_node_ids() if node not in taken)
+        answered = self._ask("describe", nodes, 0, ModelPayload())
+        self._node_of |= {site: answered.node_of[site] for site in sites if site in answered.replies}
         uniform = self._study.strategy.weighting == "uniform"
-        return {
-            site: 1.0 if uniform else float(found.replies[site].reply.num_examples)
+        found = {
+            site: 1.0 if uniform else float(answered.replies[site].reply.num_examples)
             for site in self._federation.train_sites
+            if site in sites and site in answered.replies
         }
+        return found, answered
+
+    def _enough(self, sites: Sequence[str]) -> bool:
+        there = sum(site in self._node_of for site in sites)
+        return there >= min(self._federation.quorum, len(sites))
 
     def trained(self, state: Checkpoint) -> Checkpoint:
         """The state after one more round of training.
@@ -229,7 +262,7 @@ class _Loop:
         """The state with the metrics of its adapter on every evaluating site's held-out patients.
 
         Raises:
-            RoundError: if one of them did not evaluate: a mean over fewer sites would be another number.
+            RoundError: if fewer than the quorum evaluated. A site that did not has no numbers for this round.
         """
         if self._study.withholds_evaluation or not self._federation.evaluate_sites:
             return state
@@ -244,7 +277,8 @@ class _Loop:
             return replace(state, metrics=(*state.metrics, self._sum_line("evaluate", state.round, summed)))
         sites = self._federation.evaluate_sites
         answered = self._ask("evaluate", self._nodes(sites), state.round, model)
-        if missing := [site for site in sites if site not in answered.replies]:
+        missing = [site for site in sites if site not in answered.replies]
+        if len(sites) - len(missing) < min(self._federation.quorum, len(sites)):
             raise RoundError(
                 f"Round {state.round}: expected evaluations of {len(sites)} sites, {_reasons(missing, answered)}; "
                 "correct them and resume."
@@ -252,7 +286,7 @@ class _Loop:
         lines = [
             self._line("evaluate", state.round, site, {"num_examples": reply.num_examples, **reply.metrics})
             for site in sites
-            if (reply := answered.replies[site].reply)
+            if site in answered.replies and (reply := answered.replies[site].reply)
         ]
         return replace(state, metrics=(*state.metrics, *lines))
 
@@ -266,12 +300,12 @@ class _Loop:
         return metrics_line(event=event, scope=self._federation.scope, round=number, site=site, **metrics)
 
     def _nodes(self, sites: Sequence[str]) -> dict[int, str | None]:
-        return {self._node_of[site]: site for site in sites}
+        return {self._node_of[site]: site for site in sites if site in self._node_of}
 
     def _ask_sites(
         self, action: Action, sites: Sequence[str], number: int, model: ModelPayload, secure: Mapping[str, bytes]
     ) -> Exchange:
-        by_node = {self._node_of[site]: secure[site] for site in sites}
+        by_node = {self._node_of[site]: secure[site] for site in sites if site in self._node_of}
         return self._ask(action, self._nodes(sites), number, model, by_node)
 
     def _ask(

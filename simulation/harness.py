@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from client.data import refuse_shared_patients
 from client.policy import Budget, SitePolicy
-from client.round_start import own_state, shared_state
+from client.round_start import own_state
 from client.site import SITES_VARIABLE, Site, VirtualSite, VirtualSites, forget_sites, site_of_partition
 from medfed.device import DeviceChoice, choose_device
 from medfed.errors import CheckpointError, StudyError
@@ -38,7 +38,7 @@ from simulation.cohort import STATEMENT, CohortRecipe, SiteRecipe, write_cohort
 from simulation.identities import store_identities, with_identities
 from simulation.inspection import inspect_sites
 from simulation.overlays import draw_overlays
-from simulation.privacy_summary import privacy_statement
+from simulation.privacy_summary import simulated_privacy
 from simulation.progress import Reporter, Silent
 from simulation.run_arms import Engine, run_arms, worker_count
 from simulation.run_folder import (
@@ -54,6 +54,7 @@ from simulation.run_folder import (
 )
 from simulation.summary import compare
 from strategies.registry import check_name, strategy_of
+from strategies.shared_model import shared_state
 
 OWN_DATA = "Images of the user's own manifests."
 
@@ -287,7 +288,7 @@ def _write_results(
         sites=table,
         mean=mean,
         worst_site=worst,
-        privacy=privacy_statement(study, sites),
+        privacy=simulated_privacy(study, sites),
         cohort=provenance,
     )
     write_durably(folder / "summary.json", summary.model_dump_json(indent=2).encode())

@@ -1,8 +1,7 @@
-"""What a simulated study promises its patients: read from the sites' own ledgers, not from the study file."""
+"""What a simulated study spent on its patients: read from the sites' own ledgers, not from the study file."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -10,77 +9,22 @@ from client.site import Site
 from medfed.study import POOLED_SITE, StudyConfig
 from privacy.ledger_chain import Spending
 from privacy.plan import PrivacyPlan
+from server.privacy_statement import expected_noise_to_signal, privacy_statement
 from server.results import PrivacyStatement, SitePrivacy
-from strategies.registry import strategy_of
 
-NO_PRIVACY = (
-    "Nothing here is private: updates are neither clipped, noised nor masked. "
-    "Right for a simulation, never for patients."
-)
-MASKED_ALONE = (
-    "Not differentially private: no noise is added, and a sum over sites may still tell about a patient. "
-    "Right for a simulation, never for patients."
-)
-NO_NOISE = (
-    "Nothing here is private: updates are clipped patient by patient, but no noise is added. "
-    "For comparison with private runs, never for patients."
-)
-HELD_OUT = "Metrics of held-out patients leave the sites without noise: the promise covers training patients only."
 SEEDED = (
     "Draws and noise follow from the study's seed, so that the run can be repeated: nobody is protected by them. "
     "The patients are made up; with a site's own data they come from the operating system."
 )
 
 
-def privacy_statement(study: StudyConfig, sites: Sequence[Site]) -> PrivacyStatement:
+def simulated_privacy(study: StudyConfig, sites: Sequence[Site]) -> PrivacyStatement:
     """What the federated arm of a finished run promises, with what each site's ledger says it spent."""
-    confidentiality = _confidentiality(study)
-    if study.privacy is None:
-        warning = MASKED_ALONE if confidentiality else NO_PRIVACY
-        return PrivacyStatement(promise="", confidentiality=confidentiality, warnings=(warning,))
-    plan = PrivacyPlan.of_study(study)
-    if not plan.is_private:
-        return PrivacyStatement(promise="", confidentiality=confidentiality, warnings=(NO_NOISE,))
-    spent = {site.name: _site_privacy(study, site, plan) for site in sites if site.name != POOLED_SITE}
-    worst = max(spent.values(), key=lambda site: site.epsilon)
-    who = {"patient": "each training patient, with all images", "record": "each training image"}[plan.unit]
-    promise = (
-        f"Differential privacy for {who}: epsilon {worst.epsilon_shown} at delta {plan.delta:g} at the site that "
-        f"spent most, over all rounds, adding or removing one {plan.unit}. {_where_noise_is_added(study)}"
-    )
-    warnings = [
-        *([] if study.withholds_evaluation else [HELD_OUT]),
-        *([SEEDED] if study.cohort is not None else []),
-    ]
-    return PrivacyStatement(promise=promise, confidentiality=confidentiality, warnings=tuple(warnings), sites=spent)
-
-
-def _where_noise_is_added(study: StudyConfig) -> str:
-    """Against whom the promise holds."""
-    assert study.privacy is not None
-    if study.privacy.trust == "site":
-        return "Every site adds the whole noise itself and trusts nobody."
-    quorum = study.secure_quorum
-    return (
-        f"Every site adds a share of the noise, and only sums that hold the shares of at least {quorum.min_honest} "
-        f"honest sites are seen: this holds against the server and up to {quorum.max_colluding} colluding "
-        f"site{'s' if quorum.max_colluding != 1 else ''} together, and not against more."
-    )
-
-
-def _confidentiality(study: StudyConfig) -> str:
-    """Who sees what of an update; nothing to say where the server sees each."""
-    if not study.sums_securely:
-        return ""
-    quorum = study.secure_quorum
-    colluding = f"{quorum.max_colluding} site{'s' if quorum.max_colluding != 1 else ''}"
-    return (
-        f"Updates and metrics are masked: of each round, the server, even together with {colluding}, learns only sums "
-        f"over one set of sites with at least {quorum.min_honest} honest ones, who took part, and when. Sums of "
-        "different rounds may be over different sites, and together they tell more. Designed after Bonawitz et al. "
-        "2017; not formally verified or audited. The scores of single sites shown here were computed beside the run, "
-        "as only a simulation can."
-    )
+    spent: dict[str, SitePrivacy] = {}
+    if study.privacy is not None and (plan := PrivacyPlan.of_study(study)).is_private:
+        spent = {site.name: _site_privacy(study, site, plan) for site in sites if site.name != POOLED_SITE}
+    warnings = (SEEDED,) if study.cohort is not None else ()
+    return privacy_statement(study, spent, is_simulation=True, warnings=warnings)
 
 
 def _site_privacy(study: StudyConfig, site: Site, plan: PrivacyPlan) -> SitePrivacy:
@@ -99,17 +43,8 @@ def _site_privacy(study: StudyConfig, site: Site, plan: PrivacyPlan) -> SitePriv
         declared_units=declared,
         clip_fraction=_mean_fact(spendings, "clip_fraction"),
         signal_to_noise=_mean_fact(spendings, "signal_to_noise"),
-        noise_to_signal_expected=_noise_to_signal(study, plan, declared),
+        noise_to_signal_expected=expected_noise_to_signal(study, plan, declared),
     )
-
-
-def _noise_to_signal(study: StudyConfig, plan: PrivacyPlan, declared: int) -> float:
-    """Predicted for what is noised: a site's own sum, or the sum of all sites with all their shares."""
-    num_parameters = strategy_of(study).num_trained
-    if plan.min_honest is None:
-        return plan.noise_to_signal(declared, num_parameters)
-    everyone = sum(study.declared_units(site) or 0 for site in study.site_names)
-    return math.sqrt(len(study.sites) / plan.min_honest) * plan.noise_to_signal(everyone, num_parameters)
 
 
 def _mean_fact(spendings: Sequence[Spending], name: str) -> float | None:

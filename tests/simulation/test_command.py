@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 import simulation.harness
 from medfed.adapter_manifest import AdapterManifest, TensorSpec
 from medfed.study import StudyConfig
+from server.privacy_statement import NO_PRIVACY
 from server.results import PrivacyStatement, Results
 from simulation.command import app
 from simulation.harness import Run
-from simulation.privacy_summary import NO_PRIVACY
 
 NUMBERS = {"zero_shot": 0.511, "local_only": 0.622, "federated": 0.733, "pooled": 0.744}
 KEYS = {"run_dir", "rounds", "wall_s", "sites", "mean", "worst_site", "privacy"}

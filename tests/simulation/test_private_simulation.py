@@ -21,9 +21,10 @@ from medfed.study import StudyConfig
 from privacy.accounting import epsilon_spent
 from privacy.plan import PrivacyPlan
 from server.checkpoint import Checkpoint, read_checkpoint
+from server.privacy_statement import HELD_OUT, NO_NOISE, NO_PRIVACY
 from simulation.grid import InProcessGrid
 from simulation.harness import Run, simulate
-from simulation.privacy_summary import HELD_OUT, NO_NOISE, NO_PRIVACY, SEEDED
+from simulation.privacy_summary import SEEDED
 from simulation.run_folder import metrics_of, stored_study
 
 # A run without any score has nothing to draw, and server/report_figures.py draws it; see the last test.

@@ -21,9 +21,9 @@ from medfed.study import ALL_SITES, StudyConfig
 from privacy.plan import PrivacyPlan
 from privacy.skellam_accounting import SkellamMechanism
 from server.checkpoint import Checkpoint, read_checkpoint
+from server.privacy_statement import HELD_OUT, MASKED_ALONE
 from simulation.grid import InProcessGrid
 from simulation.harness import simulate
-from simulation.privacy_summary import HELD_OUT, MASKED_ALONE
 from simulation.run_folder import metrics_of, stored_study
 from strategies.registry import strategy_of
 from strategies.secure_channel import SecureChannel

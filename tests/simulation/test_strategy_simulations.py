@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 import medfed
 import server.rounds
-from client.round_start import shared_state
 from medfed.errors import RoundError, StudyError
 from medfed.models.adapted import AdaptedModel
 from medfed.study import StudyConfig
@@ -20,6 +19,7 @@ from simulation.run_folder import metrics_of, stored_study
 from strategies.registry import RULES, strategy_of
 from strategies.rules.robust import RobustRule
 from strategies.secure_channel import SecureChannel
+from strategies.shared_model import shared_state
 from strategies.strategy import IndividualRule
 
 MakeStudy = Callable[..., StudyConfig]

@@ -1,0 +1,140 @@
+"""A hospital's process from its folder: opens the site, connects, and serves until it is told to stop."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+from client.site_folder import SiteFolder, existing_site
+from medfed.durable_file import replace_durably
+from medfed.errors import SiteError
+from medfed.private_file import read_private
+from medfed.signing import read_key
+
+_log = logging.getLogger("medfed.client.run_site")
+
+
+class SessionFile:
+    """Remembers the number of the session at the server, so that the next process can end one that was left open.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def unended(self) -> int | None:
+        """The session that was begun last and not ended, if there is one."""
+        try:
+            return int(self._path.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def begun(self, node_id: int) -> None:
+        """Remember a session."""
+        if self.unended() != node_id:
+            replace_durably(self._path, str(node_id).encode(), mode=0o600)
+
+    def ended(self) -> None:
+        """Forget it: the server was told goodbye."""
+        self._path.unlink(missing_ok=True)
+
+
+def run_site(root: Path, *, verbose: bool = False) -> None:
+    """Serve the site of a folder until SIGTERM or SIGINT.
+
+    A message in work is finished first; whoever cannot wait may kill the process, and nothing is lost.
+
+    Args:
+        root: folder of the site.
+        verbose: log details.
+
+    Raises:
+        MedfedError: if the site cannot be opened, is served already, or cannot write down what it does.
+    """
+    _log_to_stderr(verbose)
+    folder = existing_site(root)
+    os.environ["MEDFED_SITE"] = str(folder.root)
+    from client.app import app
+    from client.audit_log import AuditLog
+    from client.flower_link import FleetLink
+    from client.inbox import Inbox
+    from client.site import site_of
+    from client.worker import SiteWorker
+
+    with _alone(folder):
+        began_s = time.monotonic()
+        site = site_of({})
+        audit_log = AuditLog(folder.state, read_key(folder.ledger_key))
+        stop = _stopped_by_signals()
+        session = SessionFile(folder.state / "session")
+        kit = folder.kit
+        link = FleetLink(str(kit.server), kit.ca_certificate.encode(), _node_key(folder))
+        _log.info("event=started site=%s server=%s seconds=%.1f", site.name, kit.server, time.monotonic() - began_s)
+        with link:
+            SiteWorker(
+                link,
+                app,
+                inbox=Inbox(folder.inflight),
+                audit_log=audit_log,
+                session=session,
+                epsilon_after=site.spent_in_all,
+                stop=stop,
+            ).run()
+        session.ended()
+    _log.info("event=stopped site=%s", site.name)
+
+
+def _node_key(folder: SiteFolder) -> EllipticCurvePrivateKey:
+    data = read_private(folder.node_key, "node key")
+    try:
+        key = load_ssh_private_key(data, None)
+    except ValueError as error:
+        raise SiteError(f"Expected this site's node key at {folder.node_key}, got: {error}; restore it.") from None
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise SiteError(f"Expected a P-384 key at {folder.node_key}, got another kind; restore it.")
+    return key
+
+
+@contextmanager
+def _alone(folder: SiteFolder) -> Iterator[None]:
+    """Hold the site for this process alone: two would answer one message twice.
+
+    Raises:
+        SiteError: if another process holds it.
+    """
+    path = folder.state / "lock"
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "rb+", buffering=0) as file:  # noqa: PTH123 - a descriptor
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SiteError(
+                f"Expected that nobody serves {folder.root}, got another process that does; stop it first."
+            ) from None
+        yield
+
+
+def _stopped_by_signals() -> threading.Event:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _log_to_stderr(verbose: bool) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    logging.getLogger("medfed").setLevel(logging.DEBUG if verbose else logging.INFO)

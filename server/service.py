@@ -1,0 +1,109 @@
+"""The consortium's service: the SuperLink behind its guard, and the roster's sites registered at it."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import sys
+import threading
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+from medfed.errors import ConsortiumError, DocumentError, LinkError, SiteError
+from medfed.private_file import read_private
+from server.consortium_folder import ConsortiumFolder, open_consortium
+from server.flower_link import SuperLinkAddress, SuperLinkFiles, register_sites, serve_superlink
+
+_log = logging.getLogger("medfed.server.service")
+
+_LOOK_EVERY_S = 15.0
+
+
+def superlink_of(
+    folder: ConsortiumFolder, address: str | None = None, *, patience_s: float = 120.0
+) -> SuperLinkAddress:
+    """Where the consortium's SuperLink is, and how its own processes are known there.
+
+    Args:
+        folder: of the consortium.
+        address: ``host:port``, if not as sites reach it.
+        patience_s: how long a request is tried again while it is away.
+
+    Raises:
+        SiteError: if the secret may be read by others.
+        ConsortiumError: if the configuration cannot be read.
+    """
+    server = folder.config.server
+    return SuperLinkAddress(
+        address=address or f"{server.host}:{server.port}",
+        ca_certificate=folder.ca_certificate.read_bytes(),
+        secret=read_private(folder.superexec_secret, "SuperLink secret").strip(),
+        patience_s=patience_s,
+    )
+
+
+def serve_consortium(root: Path, *, listen: str | None = None, health_address: str | None = None) -> None:
+    """Serve until stopped.
+
+    Args:
+        root: the consortium's folder.
+        listen: address; None listens at all, or at the loopback address that CONSORTIUM.toml names.
+        health_address: of a gRPC health service.
+
+    Raises:
+        ConsortiumError: if there is no consortium.
+        LinkError: if another version of Flower is installed.
+    """
+    log_to_stderr()
+    folder = open_consortium(root)
+    server = folder.config.server
+    host = listen or (server.host if _is_loopback(server.host) else "0.0.0.0")  # noqa: S104 - sites connect from afar
+    files = SuperLinkFiles(
+        certificate=folder.server_certificate,
+        private_key=folder.server_key,
+        ca_certificate=folder.ca_certificate,
+        secret=folder.superexec_secret,
+        database=folder.state_database,
+    )
+    threading.Thread(target=_keep_registered, args=(folder,), name="registration", daemon=True).start()
+    _log.info("event=serving consortium=%s host=%s port=%d", folder.config.name, host, server.port)
+    serve_superlink(files, host=host, port=server.port, health_address=health_address)
+
+
+def _keep_registered(folder: ConsortiumFolder) -> None:
+    """Register the roster's sites, now and whenever it changes; what goes wrong is said, and tried again."""
+    superlink, seen, told = superlink_of(folder), b"", ""
+    pause = threading.Event()
+    while True:
+        try:
+            if folder.roster_file.exists() and (data := folder.roster_file.read_bytes()) != seen:
+                keys: dict[str, EllipticCurvePublicKey] = {}
+                for member in folder.roster().members:
+                    key = load_ssh_public_key(member.node_key.encode())
+                    assert isinstance(key, EllipticCurvePublicKey)  # the roster takes no other
+                    keys[member.site] = key
+                register_sites(superlink, keys)
+                seen = data
+                _log.info("event=roster sites=%s", ",".join(keys))
+        except (ConsortiumError, DocumentError, LinkError, SiteError, OSError) as error:
+            if str(error) != told:
+                told = str(error)
+                _log.warning("event=not_registered why=%s", told)
+        pause.wait(_LOOK_EVERY_S)
+
+
+def log_to_stderr() -> None:
+    """Log events of the server to standard error."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    logging.getLogger("medfed").setLevel(logging.INFO)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
