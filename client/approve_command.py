@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,9 +30,9 @@ def approve(
 ) -> None:
     """Say what a study would do at this hospital, and allow it if you type its name.
 
-    Shows what runs, which numbers leave, what protects patients and what does not, and what it costs of the
-    hospital's privacy budget. The approval is signed with the site's key and holds for exactly this study; it can be
-    taken back at any time with 'medfed site withdraw'.
+    Shows what runs, which numbers leave, what protects patients and what does not, and what it would cost.
+
+    The approval is signed with the site's key and holds for exactly this study. 'medfed site withdraw' takes it back.
 
     [bold]Example[/bold]
 
@@ -57,7 +58,7 @@ def approve(
         )
         if typed.strip() != words.study:
             typer.echo("not approved; nothing has changed")
-            raise typer.Exit(1)
+            sys.exit(1)
     if yes or not as_json:
         keep_study(folder, words.digest, data)
         store_approval(folder, words.study, words.digest)
@@ -92,7 +93,7 @@ def _show(words: StudyInWords, console: Console) -> None:
     row("")
     for upload in words.uploads:
         row("leaves", f"{upload.rounds}: {upload.num_elements:,} numbers in {upload.num_tensors} tensors")
-        row("", *(f"{_shapes(group.shapes)} in {group.name}" for group in upload.tensors))
+        row("", *(line for group in upload.tensors for line in (group.name, f"  {_shapes(group.shapes)}")))
     row("", f"{words.bytes_up:,} bytes a round, {words.bytes_up_total:,} in all; to {words.server}")
     row("told besides", *words.told)
     row("")

@@ -42,7 +42,7 @@ class TensorGroup(_Words):
     """Tensors that leave and lie in one module, or in modules that differ in their number alone.
 
     Attributes:
-        name: ``*`` stands for any number, ``{a,b}`` for a and b; every name that this stands for is there.
+        name: ``*`` stands for numbers of layers, ``{a,b}`` for a and b; every combination is there.
         count: how many.
         shapes: how many of which shape, by first name.
     """
