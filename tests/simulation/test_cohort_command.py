@@ -10,6 +10,7 @@ from medfed.cli import main
 from medfed.study import StudyConfig
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_cohort_is_written_for_each_site_and_other_files_are_left_alone(
     make_study: Callable[..., StudyConfig],
