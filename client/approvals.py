@@ -18,6 +18,7 @@ from client.site_folder import SiteFolder
 from medfed.durable_file import make_private_folder, replace_durably, sync_folder
 from medfed.errors import ConsortiumError, DocumentError
 from medfed.signed_document import DocumentBody, read_document, verify_document
+from medfed.signed_study import SUFFIX
 from medfed.study_sections import Digest, Name
 
 _log = logging.getLogger("medfed.client.approvals")
@@ -105,12 +106,25 @@ def store_approval(folder: SiteFolder, study: str, study_digest: str) -> Approva
     return approval
 
 
-def remove_approval(folder: SiteFolder, study_digest: str) -> Path:
+def keep_study(folder: SiteFolder, study_digest: str, signed: bytes) -> None:
+    """Keep what was approved beside its approval, as the coordinator signed it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    make_private_folder(folder.approvals)
+    replace_durably(folder.approvals / f"{study_digest}{SUFFIX}", signed, mode=0o600)
+
+
+def remove_approval(folder: SiteFolder, study_digest: str) -> str:
     """Take an approval back, durably: the study is refused from the next request on.
 
     Args:
         folder: of the site.
         study_digest: the digest, or enough of its first digits to tell it from the others.
+
+    Returns:
+        The whole digest.
 
     Raises:
         ConsortiumError: if there is no such approval, or there are several.
@@ -125,7 +139,7 @@ def remove_approval(folder: SiteFolder, study_digest: str) -> Path:
     found[0].unlink()
     sync_folder(folder.approvals)
     _log.info("event=withdrawn digest=%s", found[0].stem)
-    return found[0]
+    return found[0].stem
 
 
 def _path(folder: SiteFolder, study_digest: str) -> Path:

@@ -32,9 +32,9 @@ def init(
 ) -> None:
     """Join a consortium: verify the coordinator's kit, and make this hospital's keys and settings.
 
-    The private keys never leave SITE_DIR. Send SITE_DIR/enrolment.json to the coordinator, and read out its
-    fingerprint by telephone. Then edit SITE_DIR/local/policy.toml: until a budget stands there and a study is
-    approved, nothing trains.
+    The private keys never leave SITE_DIR. Send SITE_DIR/enrolment.json to the coordinator.
+
+    Then edit SITE_DIR/local/policy.toml: until a budget stands there and a study is approved, nothing trains.
 
     [bold]Example[/bold]
 

@@ -50,4 +50,9 @@ def read_signed_study(path: Path, *, public_key: str) -> SignedStudy:
     Raises:
         DocumentError: if it is damaged, or somebody else signed it.
     """
-    return verify_document(read_document(path), SignedStudy, public_key=public_key, origin=str(path))
+    return parse_signed_study(read_document(path), public_key=public_key, origin=str(path))
+
+
+def parse_signed_study(data: bytes, *, public_key: str, origin: str) -> SignedStudy:
+    """The study in the bytes of a file; as :func:`read_signed_study`."""
+    return verify_document(data, SignedStudy, public_key=public_key, origin=origin)

@@ -167,7 +167,7 @@ class StudyConfig(Section):
 
     def _check_site(self, site: SiteConfig) -> None:
         needs_size = self.privacy is not None or self.sums_securely
-        if needs_size and site.data is not None and site.declared_patients is None:
+        if needs_size and self.cohort is None and site.declared_patients is None:
             raise ValueError(
                 f"site {site.name!r}: declared_patients is missing; "
                 f"{'[privacy] divides' if self.privacy is not None else '[secure_aggregation] weighs'} by it"
@@ -227,6 +227,11 @@ class StudyConfig(Section):
             if site_name in (site.name, POOLED_SITE)
         ]
         return sum(declared)
+
+    @property
+    def is_for_hospitals(self) -> bool:
+        """Whether it names no data: each hospital knows its own."""
+        return self.cohort is None and all(site.data is None for site in self.sites)
 
     @property
     def withholds_evaluation(self) -> bool:
@@ -298,6 +303,8 @@ class StudyConfig(Section):
 def read_study(path: Path) -> StudyConfig:
     """Read and check a study file; paths in it become absolute.
 
+    Without a [cohort], either every site names its data or none does: then the study is for real hospitals.
+
     Raises:
         StudyError: one line that names the file, the key, and what to change.
     """
@@ -312,11 +319,13 @@ def read_study(path: Path) -> StudyConfig:
     except tomllib.TOMLDecodeError as error:
         raise StudyError(f"Expected valid TOML in {path}, got: {error}.") from None
     study = _validate(data, str(path))
-    if study.cohort is not None:
+    if study.cohort is not None or study.is_for_hospitals:
         return study
     for site in study.sites:
         if site.data is None:
-            raise StudyError(f"{path}: site {site.name!r} has no data; add 'data = \"manifest.csv\"' or a [cohort].")
+            raise StudyError(
+                f"{path}: site {site.name!r} has no data and others do; add 'data = \"manifest.csv\"', or remove all."
+            )
     absolute = [
         site.model_copy(update={"data": (path.parent / site.data).resolve()}) for site in study.sites if site.data
     ]

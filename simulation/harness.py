@@ -171,10 +171,15 @@ def _options(asked: Mapping[str, Any], stored: RunOptions | None) -> RunOptions:
 
 def _manifests(study: StudyConfig, reporter: Reporter) -> tuple[dict[str, Path], str]:
     """Manifest of every site, and where the images come from; makes a simulated cohort if needed."""
+    if study.is_for_hospitals:
+        raise StudyError(
+            f"Expected a study with data to simulate, got {study.name!r}, which names none and is for real hospitals; "
+            "add a [cohort], or 'data' to each site."
+        )
     if study.cohort is None:
         found = {site.name: site.data for site in study.sites if site.data is not None}
         return found, OWN_DATA
-    recipe = _recipe(study)
+    recipe = recipe_of(study)
     num_patients = sum(site.train_patients + site.test_patients for site in recipe.sites)
     reporter.start("making virtual patients", num_patients)
     manifests = write_cohort(
@@ -183,7 +188,7 @@ def _manifests(study: StudyConfig, reporter: Reporter) -> tuple[dict[str, Path],
     return manifests, STATEMENT
 
 
-def _recipe(study: StudyConfig) -> CohortRecipe:
+def recipe_of(study: StudyConfig) -> CohortRecipe:
     """The recipe of a simulated study's cohort."""
     assert study.cohort is not None
     try:

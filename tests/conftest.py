@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
+from client.enrolment import init_site
 from client.site import SITES_VARIABLE, forget_sites
+from client.site_folder import SiteFolder
 from medfed.signing import create_key
 from medfed.study import StudyConfig
+from server.consortium_folder import ConsortiumFolder, open_consortium
+from server.provisioning import provision
 
 torch.set_num_threads(1)
 settings.register_profile("medfed", derandomize=True, deadline=None)
@@ -68,6 +73,39 @@ def make_cohort(tmp_path: Path) -> Callable[..., Path]:
             rows.append(f"image{number}.nii.gz,label{number}.nii.gz,{site}-{number},{split},{number % 2}")
         (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
         return folder / "manifest.csv"
+
+    return make
+
+
+@dataclass(frozen=True)
+class Consortium:
+    """A consortium on this machine, all of whose sites have enrolled."""
+
+    file: Path
+    coordinator: ConsortiumFolder
+    sites: dict[str, SiteFolder]
+
+
+@pytest.fixture
+def make_consortium(tmp_path: Path, make_cohort: Callable[..., Path]) -> Callable[..., Consortium]:
+    """Provisions a consortium and enrols its sites, whose cohorts are those of :func:`make_cohort`."""
+
+    def make(*sites: str, name: str = "brains", policy: str = "") -> Consortium:
+        root = tmp_path / name
+        root.mkdir()
+        file = root / "CONSORTIUM.toml"
+        listed = "".join(f'[[sites]]\nname = "{site}"\n' for site in sites)
+        file.write_text(f'name = "{name}"\n[server]\nhost = "127.0.0.1"\nport = 8443\n{listed}')
+        provision(file, root / "coordinator")
+        coordinator, folders = open_consortium(root / "coordinator"), {}
+        for site in sites:
+            manifest = tmp_path / "cohorts" / site / "manifest.csv"
+            data = manifest if manifest.exists() else make_cohort(site)
+            folders[site] = init_site(coordinator.kit(site), root / "sites" / site, data=data, device="cpu")
+            if policy:
+                folders[site].policy_file.write_text(policy)
+        provision(file, root / "coordinator", enrolments=[folder.enrolment_file for folder in folders.values()])
+        return Consortium(file, coordinator, folders)
 
     return make
 

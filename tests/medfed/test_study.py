@@ -122,6 +122,17 @@ def test_site_data_is_relative_to_the_study_file_and_must_exist(tmp_path: Path) 
     assert read_study(write(tmp_path, text)).sites[0].data == tmp_path / "north" / "manifest.csv"
 
 
+def test_study_for_hospitals_names_no_data_at_all_and_declares_what_divides(tmp_path: Path) -> None:
+    start, sites = TEXT.split("[cohort]")[0], '[[sites]]\nname = "north"\n[[sites]]\nname = "south"\n'
+    assert read_study(write(tmp_path, start + sites)).is_for_hospitals
+    assert not read_study(write(tmp_path, TEXT)).is_for_hospitals
+    with pytest.raises(StudyError, match="'north' has no data and others do"):
+        read_study(write(tmp_path, start + sites + 'data = "manifest.csv"\n'))
+    secure = "[secure_aggregation]\nenabled = true\nmax_colluding = 0\nupdate_clip_norm = 1.0\n"
+    with pytest.raises(StudyError, match="declared_patients is missing"):
+        read_study(write(tmp_path, start + secure + sites + '[[sites]]\nname = "west"\n'))
+
+
 def test_digest_covers_the_manifest_and_is_never_stale() -> None:
     study = StudyConfig.model_validate(VALID)
     before = study.digest, study.model_digest
