@@ -51,7 +51,10 @@ def read_dicom(
             "ends in .nii, .nii.gz, .png, .jpg, .tif, .bmp or .npy; convert the file."
         ) from None
     _refuse_what_is_no_picture(dataset, path, where, max_pixels)
-    array = pixel_array(dataset)
+    try:
+        array = pixel_array(dataset)
+    except RuntimeError:  # the decoder for this kind of compression does not know this variety of it
+        raise _undecodable(dataset, path, where) from None
     photometric = str(dataset.get("PhotometricInterpretation", ""))
     if photometric == "PALETTE COLOR" and not is_label:
         array = apply_color_lut(array, dataset)
@@ -85,10 +88,12 @@ def _refuse_what_is_no_picture(dataset: Any, path: Path, where: str, max_pixels:
     if "PixelData" not in dataset:
         kind = dataset.file_meta.get("MediaStorageSOPClassUID", "unknown kind")
         raise DataError(f"{where}: expected an image at {name}, got DICOM without pixels ({_uid_name(kind)}); drop it.")
+    if absent := [keyword for keyword in ("Rows", "Columns") if keyword not in dataset]:
+        raise DataError(f"{where}: expected {absent[0]} in the DICOM header of {name}, got none; restore the file.")
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames != 1 or "SharedFunctionalGroupsSequence" in dataset:
         raise DataError(
-            f"{where}: expected one 2-D image at {name}, got a multi-frame DICOM object of {frames} frame(s); "
+            f"{where}: expected one 2-D image at {name}, got a multi-frame DICOM object ({frames} frames); "
             "convert it to single-frame files, or label maps to PNG or NIfTI (for example with dcm2niix or "
             "dcmqi), and list the slices."
         )
@@ -97,11 +102,16 @@ def _refuse_what_is_no_picture(dataset: Any, path: Path, where: str, max_pixels:
         raise DataError(f"{where}: expected 1 to {max_pixels} pixels at {name}, got {pixels}; restore the file.")
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_encapsulated and not _can_decode(syntax):
-        raise DataError(
-            f"{where}: expected pixels that this machine can decode at {name}, got {_uid_name(syntax)}; "
-            "decompress the file first (gdcmconv --raw IN OUT, or dcmdjpeg / dcmdjpls of DCMTK), or install a "
-            "decoder that pydicom finds, for example pylibjpeg with its plugins."
-        )
+        raise _undecodable(dataset, path, where)
+
+
+def _undecodable(dataset: Any, path: Path, where: str) -> DataError:
+    syntax = dataset.file_meta.TransferSyntaxUID
+    return DataError(
+        f"{where}: expected pixels that this machine can decode at {printable(path)}, got {_uid_name(syntax)}, damaged "
+        "or of a variety without a decoder; decompress the file first (gdcmconv --raw IN OUT, or dcmdjpeg / dcmdjpls "
+        "of DCMTK), or install a decoder that pydicom finds, for example pylibjpeg with its plugins."
+    )
 
 
 def _can_decode(syntax: Any) -> bool:

@@ -34,6 +34,9 @@ MAX_PIXELS = 2**27
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
+_TRUE_COLOURS = {"P": "RGB", "PA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB", "HSV": "RGB", "LA": "L"}
+"""Ways of storing a picture (Pillow's modes) in which numbers are neither grey nor red, green and blue."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -189,23 +192,15 @@ def _read_nifti(path: Path, where: str) -> Picture:
 
 
 def _read_picture(path: Path, where: str, *, is_label: bool) -> np.ndarray:
-    from monai.data.image_reader import PILReader
+    from PIL import Image
 
-    reader = PILReader(converter=None if is_label else _true_colours, reverse_indexing=False)
-    image = reader.read(str(path))
-    frames = getattr(image, "n_frames", 1)
-    if frames != 1:
-        raise DataError(f"{where}: expected one picture in {printable(path)}, got {frames}; export them one by one.")
-    array, _ = reader.get_data(image)
-    return np.asarray(array)
-
-
-def _true_colours(image: Any) -> Any:
-    """Grey or red, green and blue, for the ways of storing a picture in which numbers are neither."""
-    if getattr(image, "n_frames", 1) != 1:
-        return image  # is refused; a converted one has forgotten how many it was
-    target = {"P": "RGB", "PA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB", "HSV": "RGB", "LA": "L"}
-    return image.convert(target[image.mode]) if image.mode in target else image
+    with Image.open(path) as image:
+        frames = getattr(image, "n_frames", 1)
+        if frames != 1:
+            raise DataError(
+                f"{where}: expected one picture in {printable(path)}, got {frames}; export them one by one."
+            )
+        return np.asarray(image if is_label else image.convert(_TRUE_COLOURS.get(image.mode, image.mode)))
 
 
 def _refuse_size(shape: Sequence[int], where: str) -> None:

@@ -115,7 +115,9 @@ def test_manifest_is_read_without_labels_where_no_task_asks_for_them(make_cohort
     assert {(row.label, len(row.targets)) for row in rows} == {(None, 0)}
 
 
-CELLS = st.one_of(st.text(max_size=8), st.sampled_from(["a.png", "train", "test", "0", "1", "9" * 5000, "\x00", "x" * 300]))
+CELLS = st.one_of(
+    st.text(max_size=8), st.sampled_from(["a.png", "train", "test", "0", "1", "9" * 5000, "\x00", "x" * 300])
+)
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), CELLS, st.just("\ud800")),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(CELLS, inner, max_size=3)),
