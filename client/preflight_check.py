@@ -111,4 +111,4 @@ def distribution(values: Iterable[str]) -> str:
     counted = Counter(values).most_common()
     shown = ", ".join(f"{value} ({number})" for value, number in counted[:_SHOWN])
     rest = sum(number for _, number in counted[_SHOWN:])
-    return shown + (f" and {len(counted) - _SHOWN} other values ({rest})" if rest else "")
+    return shown + (f" and {count(len(counted) - _SHOWN, 'other value')} ({rest})" if rest else "")

@@ -91,13 +91,12 @@ def _ledger(inputs: PreflightInputs, policy: SitePolicy | None) -> Iterator[Chec
             _SET_UP,
             "ledger",
             "fail",
-            f"only {count(shown.entries, 'entry').replace('entrys', 'entries')} verified: {shown.error}",
+            f"only {_entries(shown.entries)} verified: {shown.error}",
             "train nothing; find out who changed it, and restore the newest true copy.",
         )
         return
     cap = None if policy is None or policy.budget is None else policy.budget.epsilon
-    verified = "1 entry" if shown.entries == 1 else f"{shown.entries} entries"
-    yield Check(_SET_UP, "ledger", "ok", f"chain of {verified} verified")
+    yield Check(_SET_UP, "ledger", "ok", f"chain of {_entries(shown.entries)} verified")
     for cohort in shown.cohorts:
         limit = cohort.cap if cap is None else cap
         left = limit - cohort.epsilon
@@ -108,6 +107,10 @@ def _ledger(inputs: PreflightInputs, policy: SitePolicy | None) -> Iterator[Chec
             yield Check(
                 _SET_UP, "budget", "fail", f"{told}.", "nothing trains on these patients any more unless it is raised."
             )
+
+
+def _entries(number: int) -> str:
+    return "1 entry" if number == 1 else f"{number} entries"
 
 
 def _private_files(inputs: PreflightInputs) -> Iterator[Check]:
