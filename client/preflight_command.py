@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,11 +34,11 @@ _TITLES = {
 
 @app.command(no_args_is_help=True)
 def preflight(
-    data: Annotated[
+    manifest: Annotated[
         Path, typer.Argument(metavar="MANIFEST", help="Lists the hospital's images (CSV or JSON).", show_default=False)
     ],
     study: Annotated[
-        Path | None, typer.Option(metavar="STUDY.toml", help="Check labels, weights and numbers against it.")
+        Path | None, typer.Option(metavar="STUDY", help="Check labels, weights and numbers against it.")
     ] = None,
     name: Annotated[str, typer.Option(metavar="NAME", help="The site's name in the study.")] = "this site",
     policy: Annotated[Path | None, typer.Option(metavar="FILE", help="The hospital's policy.")] = None,
@@ -66,10 +67,10 @@ def preflight(
     run_preflight(
         PreflightInputs(
             site_name=name,
-            manifests=(data,),
+            manifests=(manifest,),
             study=None if study is None else read_study(study),
             policy=policy,
-            state=data.parent if data.parent.is_dir() else None,
+            state=manifest.parent if manifest.parent.is_dir() else None,
             server=server,
             ca_certificate=None if ca is None else ca.read_text(encoding="utf-8", errors="replace"),
             identified_data_allowed=identified_data_allowed,
@@ -135,9 +136,11 @@ def show(site_name: str, checks: Sequence[Check], console: Console) -> None:
         table.add_column(width=4)
         table.add_column(width=20 if console.width < 100 else 28)
         table.add_column(overflow="fold")
-        for check in of_part:
+        for check, following in zip_longest(of_part, of_part[1:]):
             found = Text(check.found)
-            if check.what_to_do:
+            if check.what_to_do and not (
+                following and following.what_to_do == check.what_to_do
+            ):  # once for all of them
                 found.append(f"\ndo: {check.what_to_do}", style="bold")
             table.add_row(Text(_MARKS[check.outcome], style=_STYLES[check.outcome]), Text(check.name), found)
         console.print(table)

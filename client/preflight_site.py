@@ -143,7 +143,7 @@ def _private_files(inputs: PreflightInputs) -> Iterator[Check]:
                 "run as the account that owns the site's folder.",
             )
     if inputs.private_files and not wrong:
-        yield Check(_SET_UP, "private files", "ok", f"{count(len(inputs.private_files), 'file')} for their owner alone")
+        yield Check(_SET_UP, "private files", "ok", f"{count(len(inputs.private_files), 'path')} for their owner alone")
 
 
 def _weights(study: StudyConfig | None) -> Iterator[Check]:

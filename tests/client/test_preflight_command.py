@@ -93,3 +93,11 @@ def test_table_keeps_to_the_width_and_shows_markup_as_it_is(columns: int, capsys
     assert max(map(len, out.splitlines())) <= columns
     assert "training[0]: [red]" in " ".join(out.split())
     assert "mend [/] it." in " ".join(out.split())
+
+
+def test_advice_that_several_lines_share_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
+    checks = [Check("identity", f"tags {n}", "warn", "found.", "clean them.") for n in range(3)]
+    show("north", [*checks, Check("identity", "other", "fail", "found.", "mend it.")], Console(width=80))
+    out = capsys.readouterr().out
+    assert (out.count("clean them."), out.count("mend it.")) == (1, 1)
+    assert out.index("tags 2") < out.index("clean them.") < out.index("other")

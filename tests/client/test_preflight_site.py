@@ -133,7 +133,7 @@ def test_ledger_that_was_changed_is_a_failure(policy: Path, tmp_path: Path) -> N
 def test_key_that_others_may_read_or_that_is_missing_is_a_failure(tmp_path: Path) -> None:
     key = tmp_path / "node.key"
     key.touch(mode=0o600)
-    assert looked_at(private_files=(key,))["private files"].found == "1 file for their owner alone"
+    assert looked_at(private_files=(key,))["private files"].found == "1 path for their owner alone"
     key.chmod(0o640)
     check = looked_at(private_files=(key,))["private files"]
     assert (check.outcome, "mode 0640" in check.found, "chmod 0600" in check.what_to_do) == ("fail", True, True)
