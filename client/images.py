@@ -160,7 +160,7 @@ def _read(path: Path, where: str, *, is_label: bool) -> Picture:
                 picture = Picture(array, spacing_mm, None if axes_RAS is None else directions(axes_RAS))
             _refuse_size(picture.array.shape, where)
             _refuse_what_is_no_number(picture.array.dtype, path, where)
-            array = np.asarray(picture.array, dtype=np.float32).squeeze()
+            array = np.array(picture.array, dtype=np.float32).squeeze()  # its own memory: a mapped file may change
     except DataError:
         raise
     except Exception as error:  # readers of many formats raise whatever they like; the answer is the same

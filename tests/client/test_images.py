@@ -131,6 +131,16 @@ def test_array_that_is_no_image_is_refused(tmp_path: Path, array: np.ndarray, ex
         read_image(tmp_path / "a.npy", where="row 2")
 
 
+@pytest.mark.parametrize("name", ["a.nii", "a.npy", "a.png", "MR_small.dcm"])
+def test_image_has_memory_of_its_own(tmp_path: Path, name: str) -> None:
+    picture = read_image(sound_file(name, tmp_path), where="row 2")
+    assert picture.array.flags.writeable
+    np.save(tmp_path / "mapped.npy", np.ones((4, 4), np.float32))
+    mapped = read_image(tmp_path / "mapped.npy", where="row 2").array
+    assert type(mapped) is np.ndarray
+    assert mapped.flags.writeable
+
+
 def test_headers_that_claim_too_many_pixels_are_refused_before_they_are_believed(tmp_path: Path) -> None:
     huge = edited(tmp_path, lambda scan: scan.update({"Rows": 65535, "Columns": 65535}))
     with pytest.raises(DataError, match=f"1 to {MAX_PIXELS} pixels"):
