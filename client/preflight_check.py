@@ -74,25 +74,21 @@ class PreflightInputs:
 
 
 def guarded(part: Part, name: str, check: Callable[[], Check | Iterable[Check]]) -> list[Check]:
-    """The outcome of a check; a failed one where it could not be carried out, whatever the reason."""
+    """The outcome of a check; what it found so far and a failure where it could not be carried out to its end."""
+    found: list[Check] = []
     try:
-        found = check()
-        return [found] if isinstance(found, Check) else list(found)
+        outcome = check()
+        for one in (outcome,) if isinstance(outcome, Check) else outcome:
+            found.append(one)  # noqa: PERF402 - one by one: what came before a fault is kept
     except MedfedError as error:
         expected, _, what_to_do = str(error).partition("; ")
-        return [Check(part, name, "fail", expected, what_to_do or "see the line beside it.")]
+        found.append(Check(part, name, "fail", expected, what_to_do or "see the line beside it."))
     except OSError as error:
-        return [Check(part, name, "fail", f"the system says: {error}.", "check the path, its owner and its mode.")]
+        found.append(Check(part, name, "fail", f"the system says: {error}.", "check the path, its owner and its mode."))
     except Exception as error:  # a preflight tells of every fault, its own included, and ends
-        return [
-            Check(
-                part,
-                name,
-                "fail",
-                f"the check itself ended with {type(error).__name__}.",
-                "report it to the project, with this line.",
-            )
-        ]
+        told = f"the check itself ended with {type(error).__name__}."
+        found.append(Check(part, name, "fail", told, "report it to the project, with this line."))
+    return found
 
 
 def count(number: int, noun: str) -> str:

@@ -29,6 +29,7 @@ def site_checks(inputs: PreflightInputs, policy: SitePolicy | None) -> list[Chec
     """Everything there is to say about the machine; the policy itself was read before."""
     looks: tuple[tuple[str, Callable[[], Check | Iterator[Check]]], ...] = (
         ("policy", lambda: _policy(inputs, policy)),
+        ("study and policy", lambda: _study_and_policy(inputs.study, policy)),
         ("ledger", lambda: _ledger(inputs, policy)),
         ("private files", lambda: _private_files(inputs)),
         ("backbone weights", lambda: _weights(inputs.study)),
@@ -69,12 +70,14 @@ def _policy(inputs: PreflightInputs, policy: SitePolicy | None) -> Iterator[Chec
             "the policy lets studies without noise train.",
             "set allow_unprotected = false unless that was decided.",
         )
-    if inputs.study is not None:
-        study = inputs.study
+
+
+def _study_and_policy(study: StudyConfig | None, policy: SitePolicy | None) -> Iterator[Check]:
+    """Everything that the policy asks of the study itself, but for the approval."""
+    if study is not None and policy is not None:
         policy.model_copy(update={"approved_studies": (study.digest,)}).check_study(study)
-        yield Check(
-            _SET_UP, "study and policy", "ok", f"the policy's rules allow {study.name!r}; approval is a step of its own"
-        )
+        told = f"the policy's rules allow {study.name!r}; approval is a step of its own"
+        yield Check(_SET_UP, "study and policy", "ok", told)
 
 
 def _ledger(inputs: PreflightInputs, policy: SitePolicy | None) -> Iterator[Check]:

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +231,11 @@ def test_check_that_breaks_down_is_a_failure_without_its_text() -> None:
     def broken() -> Check:
         raise ValueError("Jane Doe")
 
+    def broken_later() -> Iterator[Check]:
+        yield Check("data", "manifest", "ok", "read")
+        raise ValueError("Jane Doe")
+
+    assert [check.outcome for check in guarded("data", "files", broken_later)] == ["ok", "fail"]
     (check,) = guarded("data", "files", broken)
     assert (check.outcome, check.found) == ("fail", "the check itself ended with ValueError.")
 

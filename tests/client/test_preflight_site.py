@@ -67,7 +67,9 @@ def test_study_that_the_policys_rules_forbid_is_a_failure(
     policy: Path, make_study: Callable[..., StudyConfig], make_private_study: Callable[..., StudyConfig]
 ) -> None:
     plain = make_study(("north",))
-    assert "which protects nobody" in looked_at(policy=policy, study=plain)["policy"].found
+    checks = looked_at(policy=policy, study=plain)
+    assert checks["policy"].outcome == "ok"
+    assert "which protects nobody" in checks["study and policy"].found
     shutil.rmtree(plain.sites[0].data.parent)  # type: ignore[union-attr]
     checks = looked_at(policy=policy, study=make_private_study(("north",)))
     assert checks["study and policy"].outcome == "ok"
