@@ -164,9 +164,10 @@ def _read(path: Path, where: str, *, is_label: bool) -> Picture:
     except DataError:
         raise
     except Exception as error:  # readers of many formats raise whatever they like; the answer is the same
-        said = " ".join(str(error).split())[:300]
+        # What pydicom says may quote the header, and a damaged header may hold a patient's name anywhere.
+        said = "" if is_dicom(path) else f": {' '.join(str(error).split())[:300]}"
         raise DataError(
-            f"{where}: expected a readable image at {printable(path)}, got {type(error).__name__}: {said}; "
+            f"{where}: expected a readable image at {printable(path)}, got {type(error).__name__}{said}; "
             "restore the file, or drop its row."
         ) from None
     return Picture(array, picture.spacing_mm, picture.orientation)

@@ -78,7 +78,7 @@ def test_monochrome1_is_inverted_for_images_and_not_for_label_maps(tmp_path: Pat
         ("JPGExtended.dcm", "got JPEG Extended.*decompress the file first"),
         ("rtplan.dcm", r"DICOM without pixels \(RT Plan Storage\)"),
         ("no_meta.dcm", "neither DICOM with a file header nor"),
-        ("MR_truncated.dcm", "number of bytes of pixel data is less than expected"),
+        ("MR_truncated.dcm", "expected a readable image at .*MR_truncated.dcm, got ValueError; restore"),
         ("meta_missing_tsyntax.dcm", "expected Rows in the DICOM header"),
     ],
 )
@@ -171,6 +171,16 @@ def test_nothing_of_a_header_is_logged_or_warned_about(
     assert not recwarn.list
     assert capfd.readouterr() == ("", "")
     assert not logging.getLogger("pydicom").disabled
+
+
+def test_refusal_of_a_damaged_header_does_not_quote_it(tmp_path: Path) -> None:
+    path = edited(tmp_path, lambda scan: None)
+    content = path.read_bytes()
+    assert content.count(b"-1024") >= 1  # RescaleIntercept, "-1024 "
+    path.write_bytes(content.replace(b"-1024 ", b"JaneDo"))
+    with pytest.raises(DataError, match="expected a readable image") as caught:
+        read_image(path, where="row 2")
+    assert "Jane" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
