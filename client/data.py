@@ -1,43 +1,30 @@
-"""A site's cohort: the only place that reads images.
+"""A site's cohort: its manifest and images, checked as a whole and ready to train on.
 
-A cohort is a CSV manifest and the files that it names, relative to it. One row is one image:
-
-=================  ============================================================================
-column             meaning
-=================  ============================================================================
-``image``          NIfTI, PNG, DICOM (one 2-D image) or ``.npy``
-``patient_id``     whose image it is: the unit of privacy and of splitting
-``split``          ``train`` or ``test``; all images of a patient are in one split
-``label``          segmentation: label map of the image's size, 0 = background, i + 1 = class i
-one per target     classification: class index
-=================  ============================================================================
-
-Other columns are ignored. A manifest that breaks a rule is refused as a whole, with the row and what to
-change; nothing trains on the rest of it.
+A cohort is a manifest (:mod:`client.manifest`) and the files that it names (:mod:`client.images`). A manifest that
+breaks a rule is refused as a whole, with the row and what to change; nothing trains on the rest of it.
 
 Legend: C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from client.images import check_label_map, read_image, read_label_map, refuse_other_axes
+from client.manifest import Labelling, Row, printable, read_manifest, refuse_patients_in_two_splits
 from medfed.canonical import canonical_bytes, sha256_hex
 from medfed.errors import DataError
 from medfed.models.pixels import PixelSpec
-from medfed.study_sections import ClassificationConfig, SegmentationConfig
+from medfed.study_sections import SegmentationConfig
 from medfed.tasks.segmentation import annotate
-
-Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +84,7 @@ class Cohort:
 def load_cohort(
     site_id: str,
     manifests: Sequence[Path],
-    task: SegmentationConfig | ClassificationConfig,
+    task: Labelling,
     pixels: PixelSpec,
 ) -> Cohort:
     """Read and check a cohort.
@@ -111,8 +98,8 @@ def load_cohort(
     Raises:
         DataError: one line with the manifest, the row and what to change.
     """
-    rows = [row for manifest in manifests for row in _read_manifest(manifest, task)]
-    _refuse_patients_in_two_splits(rows)
+    rows = [row for manifest in manifests for row in read_manifest(manifest, task)]
+    refuse_patients_in_two_splits(rows)
     items = {split: tuple(_read_item(row, site_id, task, pixels) for row in rows if row.split == split)
              for split in ("train", "test")}  # fmt: skip
     for split, members in items.items():
@@ -140,101 +127,16 @@ def refuse_shared_patients(cohorts: Mapping[str, Cohort]) -> None:
                 )
 
 
-@dataclass(frozen=True)
-class _Row:
-    where: str
-    image: Path
-    patient_id: str
-    split: Split
-    label: Path | None
-    targets: dict[str, int]
-
-
-def _read_manifest(manifest: Path, task: SegmentationConfig | ClassificationConfig) -> list[_Row]:
-    wanted = ["image", "patient_id", "split"]
-    wanted += ["label"] if isinstance(task, SegmentationConfig) else list(task.targets)
-    try:
-        with manifest.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if missing := [column for column in wanted if column not in (reader.fieldnames or [])]:
-                raise DataError(f"{manifest}: expected a column {missing[0]!r}, got none; add it.")
-            rows = [
-                _read_row(row, f"{manifest}, row {number}", manifest.parent, task)
-                for number, row in enumerate(reader, start=2)
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"Expected a readable CSV manifest at {manifest}, got: {error}.") from None
-    if not rows:
-        raise DataError(f"{manifest}: expected at least one image, got an empty manifest; add rows or drop the site.")
-    return rows
-
-
-def _read_row(
-    row: Mapping[str, str | None],
-    where: str,
-    folder: Path,
-    task: SegmentationConfig | ClassificationConfig,
-) -> _Row:
-    def cell(column: str) -> str:
-        value = (row.get(column) or "").strip()
-        if not value:
-            raise DataError(f"{where}: expected a value in {column!r}, got nothing; every image needs one.")
-        return value
-
-    def file(column: str) -> Path:
-        path = folder / cell(column)
-        if not path.is_file():
-            raise DataError(f"{where}: expected a file at {path} ({column}), got nothing; correct the path.")
-        return path
-
-    split = cell("split")
-    if split not in ("train", "test"):
-        raise DataError(f"{where}: expected split 'train' or 'test', got {split!r}.")
-    targets = {}
-    if isinstance(task, ClassificationConfig):
-        targets = {name: _class_index(cell(name), name, len(classes), where) for name, classes in task.targets.items()}
-    return _Row(
-        where=where,
-        image=file("image"),
-        patient_id=cell("patient_id"),
-        split="train" if split == "train" else "test",
-        label=file("label") if isinstance(task, SegmentationConfig) else None,
-        targets=targets,
-    )
-
-
-def _class_index(value: str, target: str, num_classes: int, where: str) -> int:
-    if not value.isdecimal() or int(value) >= num_classes:
-        raise DataError(
-            f"{where}: expected {target!r} in 0..{num_classes - 1}, got {value!r}; correct the class index."
-        )
-    return int(value)
-
-
-def _refuse_patients_in_two_splits(rows: Sequence[_Row]) -> None:
-    seen: dict[str, Split] = {}
-    for row in rows:
-        if seen.setdefault(row.patient_id, row.split) != row.split:
-            raise DataError(
-                f"{row.where}: expected all images of a patient in one split, got patient {row.patient_id!r} "
-                "in train and test; move the patient to one of them."
-            )
-
-
-def _read_item(row: _Row, site_id: str, task: SegmentationConfig | ClassificationConfig, pixels: PixelSpec) -> Item:
-    array = _read_array(row.image, row.where)
-    image_CHW = preprocess(array, pixels, where=f"{row.where}: {row.image}")
-    reference = canonical_bytes(row.targets)
-    annotation: Any = row.targets
+def _read_item(row: Row, site_id: str, task: Labelling, pixels: PixelSpec) -> Item:
+    array = read_image(row.image, where=row.where).array
+    image_CHW = preprocess(array, pixels, where=f"{row.where}: {printable(row.image)}")
+    reference = canonical_bytes(dict(row.targets))
+    annotation: Any = dict(row.targets)
     if isinstance(task, SegmentationConfig):
         assert row.label is not None
-        if _is_nifti(row.image) != _is_nifti(row.label):
-            raise DataError(
-                f"{row.where}: expected image and label both as NIfTI or neither, got {row.image.name} and "
-                f"{row.label.name}; their axes differ, convert one of them."
-            )
-        label_HW = _read_array(row.label, row.where)
-        _check_label(label_HW, array, row.label, row.where, len(task.classes))
+        refuse_other_axes(row.image, row.label, row.where)
+        label_HW = read_label_map(row.label, where=row.where).array
+        check_label_map(label_HW, array, row.label, row.where, len(task.classes))
         annotation = annotate(_resized_label(label_HW, pixels), len(task.classes))
         reference = row.label.read_bytes()
     return Item(
@@ -247,53 +149,47 @@ def _read_item(row: _Row, site_id: str, task: SegmentationConfig | Classificatio
     )
 
 
-def _read_array(path: Path, where: str) -> np.ndarray:
-    """The file's array as float32, without singleton axes, axes as the file has them."""
-    try:
-        if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-        else:
-            reader = _reader(path.name)
-            array, _ = reader.get_data(reader.read(str(path)))
-    except Exception as error:  # readers of four formats raise whatever they like; the answer is the same
-        raise DataError(f"{where}: expected a readable image at {path}, got {type(error).__name__}: {error}.") from None
-    return np.asarray(array, dtype=np.float32).squeeze()
-
-
-def _reader(file_name: str) -> Any:
-    """MONAI's reader for a file name; DICOM for names it does not know."""
-    from monai.data.image_reader import NibabelReader, PILReader, PydicomReader
-
-    if _is_nifti(Path(file_name)):
-        return NibabelReader()
-    if file_name.lower().endswith((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")):
-        return PILReader(reverse_indexing=False)
-    return PydicomReader(swap_ij=False)
-
-
 def preprocess(array: np.ndarray, pixels: PixelSpec, *, where: str) -> Tensor:
     """The image a backbone expects, shape (C, H, W), float32; ``raw`` pixels keep any shape.
 
     Raises:
         DataError: if a voxel is NaN or infinite, or the image is not 2-D (optionally with channels first).
     """
+    refuse_not_finite(array, where=where)
+    if pixels.intensity == "raw":
+        return torch.from_numpy(array)
+    scaled_CHW = _intensity_transform(pixels)(channels_first(array, where=where))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (pixels.mean, pixels.std))
+    image_CHW = torch.as_tensor(np.asarray(scaled_CHW), dtype=torch.float32)
+    if pixels.mean == (0.0, 0.0, 0.0) and pixels.std == (1.0, 1.0, 1.0):
+        return image_CHW
+    return (image_CHW - mean) / std
+
+
+def refuse_not_finite(array: np.ndarray, *, where: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        DataError: one line that starts with ``where``.
+    """
     if not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).sum())
         raise DataError(f"{where}: expected finite voxels, got {bad} NaN or infinite ones; repair the image.")
-    if pixels.intensity == "raw":
-        return torch.from_numpy(array)
+
+
+def channels_first(array: np.ndarray, *, where: str) -> np.ndarray:
+    """A 2-D image as (1, H, W) or (3, H, W), whichever way its colours were stored; a fourth channel is dropped.
+
+    Raises:
+        DataError: one line that starts with ``where``, if it is no 2-D image.
+    """
     if array.ndim == 3 and array.shape[0] not in (1, 3) and array.shape[-1] in (3, 4):
         array = np.moveaxis(array[..., :3], -1, 0)
     if array.ndim == 2:
         array = array[None]
     if array.ndim != 3 or array.shape[0] not in (1, 3):
         raise DataError(f"{where}: expected a 2-D image, got shape {list(array.shape)}; export slices as 2-D files.")
-    scaled_CHW = _intensity_transform(pixels)(array)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (pixels.mean, pixels.std))
-    image_CHW = torch.as_tensor(np.asarray(scaled_CHW), dtype=torch.float32)
-    if pixels.mean == (0.0, 0.0, 0.0) and pixels.std == (1.0, 1.0, 1.0):
-        return image_CHW
-    return (image_CHW - mean) / std
+    return array
 
 
 @lru_cache(maxsize=4)
@@ -306,24 +202,6 @@ def _intensity_transform(pixels: PixelSpec) -> Any:
     return Compose(steps)
 
 
-def _check_label(label_HW: np.ndarray, image: np.ndarray, path: Path, where: str, num_classes: int) -> None:
-    """Refuse a label map with other values or another size than the image's."""
-    values = np.unique(label_HW)
-    if not np.isin(values, np.arange(num_classes + 1)).all():
-        outside = next(value for value in values if value not in range(num_classes + 1))
-        raise DataError(
-            f"{where}: expected labels 0..{num_classes} in {path}, got {outside:g}; "
-            "0 is background and i + 1 is the i-th of task.classes."
-        )
-    if label_HW.ndim != 2:
-        raise DataError(f"{where}: expected a 2-D label map at {path}, got shape {list(label_HW.shape)}.")
-    if label_HW.shape not in (image.shape[:2], image.shape[-2:]):
-        raise DataError(
-            f"{where}: expected a label map of the image's size {list(image.shape)}, got {list(label_HW.shape)}; "
-            "resample the label map onto the image."
-        )
-
-
 def _resized_label(label_HW: np.ndarray, pixels: PixelSpec) -> np.ndarray:
     if pixels.image_size is not None and label_HW.shape != (pixels.image_size, pixels.image_size):
         from monai.transforms import Resize
@@ -331,7 +209,3 @@ def _resized_label(label_HW: np.ndarray, pixels: PixelSpec) -> np.ndarray:
         resized = Resize((pixels.image_size, pixels.image_size), mode="nearest-exact")(label_HW[None])
         label_HW = np.asarray(resized)[0]
     return label_HW.astype(np.int16)
-
-
-def _is_nifti(path: Path) -> bool:
-    return path.name.endswith((".nii", ".nii.gz"))

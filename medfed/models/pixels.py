@@ -8,7 +8,7 @@ from typing import Literal
 
 from medfed.canonical import canonical_bytes, sha256_hex
 
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 """Raised when the deterministic preprocessing changes; part of every feature-cache key."""
 
 
