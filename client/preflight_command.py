@@ -34,16 +34,27 @@ _TITLES = {
 
 @app.command(no_args_is_help=True)
 def preflight(
-    manifest: Annotated[
-        Path, typer.Argument(metavar="MANIFEST", help="Lists the hospital's images (CSV or JSON).", show_default=False)
+    place: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PLACE", help="A site's folder, or a manifest of images (CSV or JSON).", show_default=False
+        ),
     ],
     study: Annotated[
         Path | None, typer.Option(metavar="STUDY", help="Check labels, weights and numbers against it.")
     ] = None,
-    name: Annotated[str, typer.Option(metavar="NAME", help="The site's name in the study.")] = "this site",
-    policy: Annotated[Path | None, typer.Option(metavar="FILE", help="The hospital's policy.")] = None,
-    server: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The consortium's server.")] = None,
-    ca: Annotated[Path | None, typer.Option(metavar="FILE", help="The consortium's authority (PEM).")] = None,
+    name: Annotated[
+        str, typer.Option(metavar="NAME", help="Of a manifest: the site's name in the study.")
+    ] = "this site",
+    policy: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Beside a manifest: the hospital's policy.")
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Beside a manifest: the consortium's server.")
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Beside a manifest: the consortium's authority.")
+    ] = None,
     identified_data_allowed: Annotated[
         bool, typer.Option("--identified-data-allowed", help="Warn of named patients in DICOM headers, do not fail.")
     ] = False,
@@ -57,20 +68,28 @@ def preflight(
 
     The table may name rows and files, and counts DICOM attributes; it never shows what stands in them.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
+
+      medfed site preflight /srv/medfed --study lesions.study
 
       medfed site preflight /data/manifest.csv --study lesions.toml --name north
     """
     from client.preflight_check import PreflightInputs
     from medfed.study import read_study
 
+    if place.is_dir():
+        from client.preflight_inputs import inputs_of_site
+
+        inputs = inputs_of_site(place, study, identified_data_allowed=identified_data_allowed)
+        run_preflight(inputs, as_json=as_json)
+        return
     run_preflight(
         PreflightInputs(
             site_name=name,
-            manifests=(manifest,),
+            manifests=(place,),
             study=None if study is None else read_study(study),
             policy=policy,
-            state=manifest.parent if manifest.parent.is_dir() else None,
+            state=place.parent if place.parent.is_dir() else None,
             server=server,
             ca_certificate=None if ca is None else ca.read_text(encoding="utf-8", errors="replace"),
             identified_data_allowed=identified_data_allowed,
