@@ -23,7 +23,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +74,11 @@ class Cohort:
     site_id: str
     train: tuple[Item, ...]
     test: tuple[Item, ...]
+
+    @cached_property
+    def num_train_patients(self) -> int:
+        """Patients whose images train."""
+        return len({item.patient_id for item in self.train})
 
     @property
     def items(self) -> tuple[Item, ...]:
