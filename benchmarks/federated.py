@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from workload import Workload, workload
 
-from client.site import SITES_VARIABLE
+from client.site import SITES_VARIABLE, site_of_partition
 from medfed.models.adapted import adapted_model, resolve
 from medfed.models.pixels import PixelSpec
 from medfed.models.registry import Backbone, register_backbone
@@ -80,11 +80,19 @@ def run(work: Workload, num_rounds: int, num_workers: int, folder: Path) -> None
         }
         sites_file.write_text(json.dumps(described))
         os.environ[SITES_VARIABLE] = str(sites_file)
+        _read_cohorts(study)
         _run_apps(study, len(sites), num_workers, Path(run_folder))
         final = read_checkpoint(Path(run_folder), study.resolved_manifest, study_digest=study.digest, scope="federated")
     assert final is not None
     assert final.round == num_rounds
     store(study.resolved_manifest.unflatten(final.adapter_P), folder / f"federated-{num_workers}.safetensors")
+
+
+def _read_cohorts(study: StudyConfig) -> None:
+    """As the simulator does: before workers are forked, so that they share the images."""
+    pixels = adapted_model(study, CPU).pixels
+    for partition in range(len(study.sites)):
+        site_of_partition(partition).cohort(study, pixels)
 
 
 def _run_apps(study: StudyConfig, num_sites: int, num_workers: int, run_folder: Path) -> None:
