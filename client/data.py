@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,6 @@ class Cohort:
     site_id: str
     train: tuple[Item, ...]
     test: tuple[Item, ...]
-
-    @cached_property
-    def num_train_patients(self) -> int:
-        """Patients whose images train."""
-        return len({item.patient_id for item in self.train})
 
     @property
     def items(self) -> tuple[Item, ...]:

@@ -65,8 +65,6 @@ class FeatureCache:
 
     def batch(self, items: Sequence[Item], model: AdaptedModel) -> Tensor:
         """Features of several images, stacked, on the model's device."""
-        if model.num_frozen_stages == 0:  # nothing is remembered: not a call for every image
-            return torch.stack([as_three_channels(item.image_CHW) for item in items]).to(model.device)
         return torch.stack([self._features_of(item, model) for item in items]).to(model.device)
 
     def features_of(self, item: Item, model: AdaptedModel) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -76,10 +75,10 @@ def train_locally(
                 losses_B = task.losses(model, inputs, task.collate([i.annotation for i in batch], model.device))
             if losses_B.requires_grad:  # not where no image of the batch holds anything to outline
                 # The gradient of the mean, which itself nobody needs.
-                losses_B.backward(_shares(len(batch), losses_B.device))  # type: ignore[no-untyped-call]
+                losses_B.backward(torch.full_like(losses_B, 1 / len(batch)))  # type: ignore[no-untyped-call]
             steps.step()
             num_steps += 1
-            loss_sum += sum(losses_B.tolist())
+            loss_sum += float(losses_B.detach().sum())
     return TrainResult(adapter_P=trained_vector(model), loss=loss_sum / len(items), num_steps=num_steps)
 
 
@@ -147,12 +146,6 @@ def evaluate_locally(
                 for batch in batches
             ),
         )
-
-
-@lru_cache(maxsize=8)
-def _shares(num_images: int, device: torch.device) -> Tensor:
-    """The gradient of a mean over images, shape (B,); to be read only."""
-    return torch.full((num_images,), 1 / num_images, device=device)
 
 
 def _batches(num_items: int, config: TrainingConfig, generator: torch.Generator) -> list[list[int]]:

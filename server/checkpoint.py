@@ -100,7 +100,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _joined(lines: Iterable[str]) -> str:
-    return "\n".join((*lines, ""))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def read_checkpoint(folder: Path, manifest: AdapterManifest, *, study_digest: str, scope: str) -> Checkpoint | None:

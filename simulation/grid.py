@@ -69,7 +69,7 @@ _KILL_INTERVAL_S = 0.1
 
 @dataclass(slots=True, eq=False)
 class _Errand:
-    """A message on its way, and the place where its reply will be if a worker answers it."""
+    """A message on its way, and the place where its reply will be."""
 
     message: Message
     reply: Future[Message] = field(default_factory=Future)
@@ -175,7 +175,7 @@ class InProcessGrid(Grid):
             ValueError: a message is for an unknown node; no message of this call has started.
             MedfedError: the grid is closed, or workers cannot be forked here.
         """
-        errands = [_Errand(message) for message in self._accept(messages)]
+        errands = self._accept(messages)
         with self._lock:
             self._pushed.update({errand.message.metadata.message_id: errand for errand in errands})
         if self._num_workers:
@@ -195,9 +195,9 @@ class InProcessGrid(Grid):
                 if errand is None or (self._num_workers and not errand.reply.done()):
                     continue
                 del self._pushed[message_id]
-            reply = errand.reply.result() if self._num_workers else self._run_here(errand.message, deadline_s=None)
-            assert reply is not None  # no deadline, so it has run
-            replies.append(reply)
+            if not self._num_workers:
+                self._run_here(errand, deadline_s=None)
+            replies.append(errand.reply.result())
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -222,14 +222,14 @@ class InProcessGrid(Grid):
         """
         self.start()
         deadline_s = None if timeout is None else time.monotonic() + timeout
-        accepted = self._accept(messages)
-        if not self._num_workers:
-            replies = [self._run_here(message, deadline_s=deadline_s) for message in accepted]
-            return [reply for reply in replies if reply is not None]
-        errands = [_Errand(message) for message in accepted]
-        self._hand_to_workers(errands)
-        wait([errand.reply for errand in errands], timeout=_seconds_until(deadline_s))
-        self._refuse_if_closed()  # closed meanwhile: what is missing was not late, it was given up
+        errands = self._accept(messages)
+        if self._num_workers:
+            self._hand_to_workers(errands)
+            wait([errand.reply for errand in errands], timeout=_seconds_until(deadline_s))
+            self._refuse_if_closed()  # closed meanwhile: what is missing was not late, it was given up
+        else:
+            for errand in errands:
+                self._run_here(errand, deadline_s=deadline_s)
         for errand in errands:
             errand.reply.cancel()  # has an effect on those that have not started
         return [e.reply.result() for e in errands if e.reply.done() and not e.reply.cancelled()]
@@ -329,31 +329,30 @@ class InProcessGrid(Grid):
 
     # -- A message's path --------------------------------------------------------------------------------
 
-    def _accept(self, messages: Iterable[Message]) -> list[Message]:
-        """Return copies of ``messages``, so that senders may change theirs at once."""
+    def _accept(self, messages: Iterable[Message]) -> list[_Errand]:
+        """Return errands for copies of ``messages``, so that senders may change theirs at once."""
         self._refuse_if_closed()
-        accepted = []
+        errands = []
         for message in messages:
             self._node(message.metadata.dst_node_id)
             self._number(message, run_id=self._run.run_id)
-            accepted.append(isolated(message))
-        return accepted
+            errands.append(_Errand(isolated(message)))
+        return errands
 
-    def _run_here(self, message: Message, *, deadline_s: float | None) -> Message | None:
-        """Run the message in this thread and return the reply; None if the deadline came first."""
-        node = self._node(message.metadata.dst_node_id)
+    def _run_here(self, errand: _Errand, *, deadline_s: float | None) -> None:
+        """Run the errand in this thread; past the deadline, do not run it, or leave its reply cancelled."""
+        node = self._node(errand.message.metadata.dst_node_id)
         patience_s = _seconds_until(deadline_s)
         if not node.turn.acquire(timeout=-1 if patience_s is None else patience_s):
-            return None
+            return
         try:
             if deadline_s is not None and time.monotonic() >= deadline_s:
-                return None
-            reply, node.state = self._answer(message, node.state)
+                return
+            reply, node.state = self._answer(errand.message, node.state)
         finally:
             node.turn.release()
-        if deadline_s is not None and time.monotonic() > deadline_s:
-            return None
-        return self._finished(reply, message)
+        if deadline_s is None or time.monotonic() <= deadline_s:
+            self._deliver(reply, errand)
 
     def _hand_to_workers(self, errands: list[_Errand]) -> None:
         self.start()
@@ -392,18 +391,17 @@ class InProcessGrid(Grid):
         except BaseException as failure:  # ours (a fork refused, a bug): for the sender to see, not this thread
             errand.reply.set_exception(failure)
             return
-        errand.reply.set_result(self._finished(reply, errand.message))
+        self._deliver(reply, errand)
 
     def _number(self, message: Message, *, run_id: int) -> None:
         """Give the message the next id of this grid."""
         stamp(message, message_id=str(next(self._message_ids)), run_id=run_id)
 
-    def _finished(self, reply: Message, message: Message) -> Message:
-        """The reply to ``message`` with its number, once it has been told of."""
-        self._number(reply, run_id=message.metadata.run_id)
+    def _deliver(self, reply: Message, errand: _Errand) -> None:
+        self._number(reply, run_id=errand.message.metadata.run_id)
         if self._on_reply is not None:
             self._on_reply(reply)
-        return reply
+        errand.reply.set_result(reply)
 
     def _answer_in_worker(self, request: _Work) -> _Work:
         message, state = request
