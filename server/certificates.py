@@ -190,17 +190,14 @@ def _name(common_name: str) -> x509.Name:
 
 
 def _names_of(host: str) -> list[x509.GeneralName]:
-    """The host first; on a loopback address the machine's other names for itself follow."""
+    """The host first, then the machine's names for itself: the coordinator's own processes connect by them."""
     local: list[x509.GeneralName] = [
         x509.DNSName("localhost"),
         x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
         x509.IPAddress(ipaddress.ip_address("::1")),
     ]
     try:
-        address = ipaddress.ip_address(host)
+        name: x509.GeneralName = x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
-        name: x509.GeneralName = x509.DNSName(host)
-        is_local = host == "localhost"
-    else:
-        name, is_local = x509.IPAddress(address), address.is_loopback
-    return [name, *(other for other in local if other != name)] if is_local else [name]
+        name = x509.DNSName(host)
+    return [name, *(other for other in local if other != name)]

@@ -74,7 +74,9 @@ def serve_consortium(root: Path, *, listen: str | None = None, health_address: s
 
 def _keep_registered(folder: ConsortiumFolder) -> None:
     """Register the roster's sites, now and whenever it changes; what goes wrong is said, and tried again."""
-    superlink, seen, told = superlink_of(folder), b"", ""
+    server = folder.config.server
+    host = server.host if _is_loopback(server.host) else "127.0.0.1"
+    superlink, seen, told = superlink_of(folder, f"{host}:{server.port}"), b"", ""
     pause = threading.Event()
     while True:
         try:
