@@ -66,12 +66,12 @@ def _table(lines: Sequence[Line]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("UTC", "study", "asked for"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("round", "bytes"):
-        table.add_column(name, justify="right")
-    table.add_column("SHA-256")
-    table.add_column("epsilon", justify="right")
-    table.add_column("outcome")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("SHA-256", no_wrap=True)
+    table.add_column("epsilon", justify="right", no_wrap=True)
+    table.add_column("outcome", overflow="fold")
     for line in lines:
         left = line.departure
         epsilon = "" if left.epsilon_after is None else f"{left.epsilon_after:.3f}"
@@ -79,12 +79,12 @@ def _table(lines: Sequence[Line]) -> Table:
         again = ", again" if left.again else ""
         outcome = Text(f"{left.kind or left.outcome}{again}", style=style)
         table.add_row(
-            left.time[:19].replace("T", " "),
+            left.time[2:19].replace("T", " "),
             left.study_digest[:8],
             left.action.removeprefix("query."),
             str(left.round),
             f"{left.payload_bytes:,}",
-            left.payload_digest[:12],
+            left.payload_digest[:8],
             epsilon,
             outcome,
         )

@@ -348,6 +348,12 @@ class FleetLink:
                 f"minutes (the server's is {self._clock.ahead_s:+.0f} s ahead), or the coordinator has not enrolled "
                 "this site."
             )
+        if status == httpx.codes.PRECONDITION_FAILED:
+            return LinkError(
+                f"Expected {self._server} to begin a session with this site, got a refusal: the coordinator has not "
+                "enrolled it yet ('medfed provision --enrol'), or its last session ended less than a minute ago without "
+                "a goodbye; it is tried again."
+            )
         if status >= httpx.codes.INTERNAL_SERVER_ERROR or status == httpx.codes.TOO_MANY_REQUESTS:
             return LinkDownError(f"Expected {self._server} to be well, got HTTP {status}; it is tried again.")
         return LinkError(f"Expected {self._server} to take a request, got HTTP {status}: {response.text[:200]}")

@@ -200,6 +200,7 @@ def serve_superlink(files: SuperLinkFiles, *, host: str, port: int, health_addre
     flags = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
     sys.argv = ["flower-superlink", *(word for pair in arguments.items() for word in pair), *flags]
     config = _parse_superlink_lifespan_config()
+    logging.getLogger("flwr").propagate = False  # it prints warnings itself
     service = GuardedService(create_app(config, SuperLinkLifespan), files.secret.read_bytes().strip())
     uvicorn.run(
         service,

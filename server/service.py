@@ -102,6 +102,7 @@ def log_to_stderr() -> None:
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     logging.getLogger("medfed").setLevel(logging.INFO)
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # otherwise a line for every look into a mailbox
 
 
 def _is_loopback(host: str) -> bool:

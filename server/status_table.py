@@ -63,11 +63,13 @@ def status_view(status: RunStatus) -> RenderableType:
 
 def _sites(status: RunStatus) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    refused = any(site.refusals for site in status.sites.values())
     for name in ("site", "", "last seen"):
-        table.add_column(name)
-    for name in ("round", "sent", "received", "epsilon", "refusals"):
-        table.add_column(name, justify="right")
-    table.add_column("last refusal", overflow="fold")
+        table.add_column(name, no_wrap=True)
+    for name in ("round", "sent", "received", "epsilon", *(("refusals",) if refused else ())):
+        table.add_column(name, justify="right", no_wrap=True)
+    if refused:
+        table.add_column("last refusal", overflow="fold")
     for name, site in status.sites.items():
         table.add_row(
             name,
@@ -77,8 +79,7 @@ def _sites(status: RunStatus) -> Table:
             _bytes(site.bytes_sent),
             _bytes(site.bytes_received),
             "-" if site.epsilon is None else f"{site.epsilon:.3f}",
-            str(site.refusals) if site.refusals else "",
-            site.last_refusal,
+            *((str(site.refusals), site.last_refusal) if refused else ()),
         )
     return table
 
