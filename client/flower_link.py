@@ -344,9 +344,9 @@ class FleetLink:
             return _RunOverError("the run is over")
         if status == httpx.codes.UNAUTHORIZED:
             return LinkError(
-                f"Expected {self._server} to know this site's key, got 401: its clock may differ by more than five "
-                f"minutes (the server's is {self._clock.ahead_s:+.0f} s ahead), or the coordinator has not enrolled "
-                "this site."
+                f"Expected {self._server} to know this site's key, got 401: this clock may be 5 s ahead or 5 minutes "
+                f"behind (the server's is {self._clock.ahead_s:+.0f} s ahead: synchronise it), or the coordinator has "
+                "not enrolled this site."
             )
         if status == httpx.codes.PRECONDITION_FAILED:
             return LinkError(

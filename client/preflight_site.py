@@ -12,11 +12,12 @@ from pathlib import Path
 from client.policy import SitePolicy
 from client.preflight_check import Check, Part, PreflightInputs, count, guarded
 from medfed.device import choose_device
+from medfed.flower_version import WORKS_WITH
 from medfed.study import StudyConfig
 
 _SET_UP: Part = "set-up"
 
-FLOWER_SERIES = "1.41"
+FLOWER_SERIES = WORKS_WITH
 """The Flower releases whose private names are built on; the same that pyproject.toml requires."""
 
 _GIB = 2**30

@@ -318,6 +318,8 @@ def _told(study: StudyConfig, site: str) -> tuple[str, ...]:
     found = [size]
     if study.privacy is None:
         found.append(f"the mean training loss of each round{', under masks' if masked else ''}")
+    elif study.privacy.trust != "none":
+        found.append("the epsilon that this study has spent here so far; what other studies spent is not told")
     if study.withholds_evaluation:
         found.append("no metrics of held-out patients")
     else:

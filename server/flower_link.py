@@ -22,6 +22,7 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 import hashlib
 import hmac
+import json
 import logging
 import sys
 import threading
@@ -40,7 +41,7 @@ from flwr.app.message import remove_content_from_message
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
 from flwr.common.serde import fab_to_proto, message_to_proto, run_from_proto
-from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
@@ -85,6 +86,9 @@ CONTROL_HEADER = "medfed-control"
 
 _OPEN_PATHS = ("/v1/fleet/", "/health")
 """What a site may reach: its mail, which Flower authenticates by the site's key, and whether the service is up."""
+
+_VERSION_PATH = "/openapi.json"
+"""Where a site's preflight looks for the version of Flower; nothing else of the description is told."""
 
 _CODELESS_FAB = {
     "LICENSE": b"This bundle holds no code: sites and server run what is installed.\n",
@@ -131,14 +135,16 @@ class GuardedService:
     def __init__(self, service: Callable[..., Any], secret: bytes) -> None:
         self._service = service
         self._proof = control_proof(secret).encode()
+        self._version = json.dumps({"info": {"version": require_flower()}}).encode()
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Pass a request on, or answer 404 as if there were nothing."""
         if scope["type"] == "lifespan" or (scope["type"] == "http" and self._may(scope)):
             await self._service(scope, receive, send)
         elif scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 404, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
+            status, body = (200, self._version) if scope["path"] == _VERSION_PATH else (404, b"")
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": body})
         # a web socket is neither, and is refused by saying nothing
 
     def _may(self, scope: Mapping[str, Any]) -> bool:
@@ -311,12 +317,15 @@ class SiteNode:
     is_online: bool
 
 
-def register_sites(superlink: SuperLinkAddress, keys: Mapping[str, EllipticCurvePublicKey]) -> dict[str, SiteNode]:
+def register_sites(
+    superlink: SuperLinkAddress, keys: Mapping[str, EllipticCurvePublicKey], *, and_no_others: bool = False
+) -> dict[str, SiteNode]:
     """Register what is not registered yet; the sites by name.
 
     Args:
         superlink: where.
         keys: site -> public key of its node, from the roster.
+        and_no_others: take every other registration back: whoever left the roster is no longer let in.
 
     Raises:
         LinkError: if the SuperLink refuses.
@@ -324,11 +333,20 @@ def register_sites(superlink: SuperLinkAddress, keys: Mapping[str, EllipticCurve
     """
     with closing(superlink.control()) as control:
         by_key = {public_key_to_bytes(key): site for site, key in keys.items()}
+        nodes = [
+            node
+            for node in superlink.call(control.ListNodes, ListNodesRequest()).nodes_info
+            if node.status != "unregistered"
+        ]
         known = {
             by_key[node.public_key]: SiteNode(node.node_id, node.status == "online")
-            for node in superlink.call(control.ListNodes, ListNodesRequest()).nodes_info
-            if node.public_key in by_key and node.status != "unregistered"
+            for node in nodes
+            if node.public_key in by_key
         }
+        for node in nodes if and_no_others else ():
+            if node.public_key not in by_key:
+                superlink.call(control.UnregisterNode, UnregisterNodeRequest(node_id=node.node_id))
+                _log.info("event=unregistered name=%s", node.name)
         for key, site in by_key.items():
             if site not in known:
                 request = RegisterNodeRequest(public_key=key, name=site)

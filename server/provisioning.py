@@ -201,15 +201,24 @@ def _certificates(folder: ConsortiumFolder, *, renew: bool) -> tuple[x509.Certif
         folder.server_certificate.unlink(missing_ok=True)  # a crash in between leaves none, not one of another key
         replace_durably(folder.server_key, key_pem(key), mode=0o600)
         replace_durably(folder.server_certificate, certificate_pem(made), mode=0o644)
+    return authority, check_server(folder)
+
+
+def check_server(folder: ConsortiumFolder) -> x509.Certificate:
+    """The server's certificate, if hospitals would believe it for the host that CONSORTIUM.toml names.
+
+    Raises:
+        ConsortiumError: names what is wrong: its key, its authority, its host, or its end.
+    """
     certificate = read_certificate(folder.server_certificate.read_bytes(), str(folder.server_certificate))
     check_server_certificate(
         certificate,
         read_key_pem(read_private(folder.server_key, "server key"), str(folder.server_key)),
-        authority=authority,
-        host=host,
+        authority=read_certificate(folder.ca_certificate.read_bytes(), str(folder.ca_certificate)),
+        host=folder.config.server.host,
         origin=str(folder.server_certificate),
     )
-    return authority, certificate
+    return certificate
 
 
 def _write_kit(folder: ConsortiumFolder, site: str, authority: x509.Certificate) -> bool:

@@ -15,6 +15,7 @@ from medfed.errors import ConsortiumError, DocumentError, LinkError, SiteError
 from medfed.private_file import read_private
 from server.consortium_folder import ConsortiumFolder, open_consortium
 from server.flower_link import SuperLinkAddress, SuperLinkFiles, register_sites, serve_superlink
+from server.provisioning import check_server
 
 _log = logging.getLogger("medfed.server.service")
 
@@ -59,6 +60,7 @@ def serve_consortium(root: Path, *, listen: str | None = None, health_address: s
     log_to_stderr()
     folder = open_consortium(root)
     server = folder.config.server
+    check_server(folder)
     host = listen or (server.host if _is_loopback(server.host) else "0.0.0.0")  # noqa: S104 - sites connect from afar
     files = SuperLinkFiles(
         certificate=folder.server_certificate,
@@ -86,7 +88,7 @@ def _keep_registered(folder: ConsortiumFolder) -> None:
                     key = load_ssh_public_key(member.node_key.encode())
                     assert isinstance(key, EllipticCurvePublicKey)  # the roster takes no other
                     keys[member.site] = key
-                register_sites(superlink, keys)
+                register_sites(superlink, keys, and_no_others=True)
                 seen = data
                 _log.info("event=roster sites=%s", ",".join(keys))
         except (ConsortiumError, DocumentError, LinkError, SiteError, OSError) as error:
