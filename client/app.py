@@ -76,6 +76,7 @@ def _answer(message: Message, context: Context, action: Callable[[RoundInstructi
         fields = _fields_of(message)
         instruction = RoundInstruction.parse(fields)
         site = site_of_partition(int(context.node_config["partition-id"]))
+        site.turn_to(instruction.round)
     except Exception as error:
         raise RuntimeError(type(error).__name__) from None
     try:

@@ -35,18 +35,42 @@ SITES_VARIABLE = "MEDFED_SITES"
 """Environment variable with the path of a :class:`VirtualSites` file."""
 
 
+class LaterData(BaseModel):
+    """What takes the place of a virtual site's data when its scanner is replaced.
+
+    Attributes:
+        from_round: first round with it.
+        manifests: the data from then on; the same patients.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    from_round: int = Field(ge=1)
+    manifests: tuple[Path, ...] = Field(min_length=1)
+
+
 class VirtualSite(BaseModel):
     """One virtual site.
 
     Attributes:
         name: as in the study, or ``pooled``.
         manifests: its data; more than one only for the pooled upper bound.
+        later: what takes its place in later rounds, in the order of rounds; for virtual sites alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Name
     manifests: tuple[Path, ...] = Field(min_length=1)
+    later: tuple[LaterData, ...] = ()
+
+    def manifests_in(self, round_number: int) -> tuple[Path, ...]:
+        """The data in a round."""
+        manifests = self.manifests
+        for later in self.later:
+            if round_number >= later.from_round:
+                manifests = later.manifests
+        return manifests
 
 
 class VirtualSites(BaseModel):
@@ -111,6 +135,7 @@ class Site:
         journal: folder of what it answered in secure aggregation; in no backup.
         memory: folder of what it remembers between rounds.
         noise_seed: None draws from the operating system, as it must be wherever a patient is real.
+        virtual: the description of a virtual site whose data changes with the round.
     """
 
     def __init__(
@@ -128,6 +153,7 @@ class Site:
         journal: Path,
         memory: Path,
         noise_seed: int | None,
+        virtual: VirtualSite | None = None,
     ) -> None:
         self.name = name
         self.manifests = manifests
@@ -142,7 +168,8 @@ class Site:
         self._memory = memory
         self._secure_clients: dict[bytes, SecureClient] = {}
         self._noise_seed = noise_seed
-        self._cohorts: dict[str, Cohort] = {}
+        self._virtual = virtual
+        self._cohorts: dict[tuple[str, str, tuple[Path, ...]], Cohort] = {}
 
     @cached_property
     def ledger(self) -> PrivacyLedger:
@@ -187,13 +214,18 @@ class Site:
             return RandomStream.from_system()
         return RandomStream.for_simulation(self._noise_seed, self.name, scope, round_number)
 
+    def turn_to(self, round_number: int) -> None:
+        """Let a virtual site hold what it holds in a round; others hold the same in every round."""
+        if self._virtual is not None:
+            self.manifests = self._virtual.manifests_in(round_number)
+
     def cohort(self, study: StudyConfig, pixels: PixelSpec) -> Cohort:
-        """The site's cohort for a study; read and checked at the first call.
+        """The site's cohort for a study, as of the round it was turned to; read and checked at the first call.
 
         Raises:
             DataError: if it breaks a rule.
         """
-        key = f"{study.model_digest}:{pixels.digest}"
+        key = (study.model_digest, pixels.digest, self.manifests)
         if key not in self._cohorts:
             self._cohorts[key] = load_cohort(self.name, self.manifests, study.task, pixels)
         return self._cohorts[key]
@@ -245,6 +277,7 @@ def _open_sites(path: str) -> tuple[Site, ...]:
             journal=virtual.journals / site.name,
             memory=virtual.memories / site.name,
             noise_seed=virtual.noise_seed,
+            virtual=site if site.later else None,
         )
         for site in virtual.sites
     )

@@ -10,6 +10,7 @@ Layout of a cohort::
     <site>/manifest.csv       one row per image; paths are relative to it
     <site>/images/*.nii.gz    2-D slice, uint8 that the header scales to [0, 1]
     <site>/labels/*.nii.gz    structures: class index, 0 = background; lesions: mask of the lesion
+    <site>/replaced/...       the same once more, as the site's next scanner sees its patients; only with drift
 
 A file holds rows by columns as they are shown; its affine says where they lie in the patient.
 """
@@ -36,9 +37,13 @@ from torch import Tensor
 
 from medfed.canonical import canonical_bytes, derive_seed, sha256_hex
 from medfed.errors import DataError
+from medfed.shift_profile import ShiftProfile
 from simulation.anatomy import Anatomy, best_slice, load_anatomy, structure_labels
-from simulation.lesions import insert_lesion, lesion_targets, sample_lesion
+from simulation.lesions import insert_lesion, sample_lesion
 from simulation.scanner import SCANNERS
+from simulation.shift.draws import Drawn
+from simulation.shift.labels import LESION_CLASSES, lesion_proportions
+from simulation.shift.patient import ShiftedPatient
 from simulation.warp import SlicePlane, WarpedSlice, align_slice, sample_patient_warp, warp_slice
 
 GENERATOR_VERSION = 2  # raise it when the same recipe would give other bytes: old cohorts are then rebuilt
@@ -60,7 +65,8 @@ class SiteRecipe(BaseModel):
         train_patients: patients in the train split.
         test_patients: patients in the test split.
         lesion_prevalence: fraction of patients with a lesion, kept within one patient in each split; for
-            lesion cohorts only.
+            lesion cohorts only. With a label shift each patient draws, and it is the probability.
+        shift: how the site differs from others, its presets written out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,6 +76,8 @@ class SiteRecipe(BaseModel):
     train_patients: int = Field(ge=1, le=9999)
     test_patients: int = Field(ge=0, le=9999)
     lesion_prevalence: float | None = Field(default=None, ge=0.0, le=1.0)
+    # Left out of the recipe's form where there is none, so that cohorts from before shifts keep their digests.
+    shift: ShiftProfile | None = Field(default=None, exclude_if=lambda shift: shift is None)
 
     @field_validator("name")
     @classmethod
@@ -84,6 +92,26 @@ class SiteRecipe(BaseModel):
         if scanner not in SCANNERS:
             raise ValueError(f"Expected a scanner of {', '.join(SCANNERS)}, got {scanner!r}.")
         return scanner
+
+    @model_validator(mode="after")
+    def _shift_fits_brains(self) -> SiteRecipe:
+        shift = self.shift
+        if shift is None:
+            return self
+        if shift.presets:
+            raise ValueError(f"Expected a profile with its presets written out, got {', '.join(shift.presets)}.")
+        if shift.stain is not None:
+            raise ValueError(f"Expected no stain at site {self.name!r}: brains are grey; remove it from the shift.")
+        if shift.drift is not None:
+            self._is_known(shift.drift.scanner)
+        return self
+
+    @property
+    def after_drift(self) -> SiteRecipe | None:
+        """The site with its next scanner, if it gets one."""
+        if self.shift is None or self.shift.drift is None:
+            return None
+        return self.model_copy(update={"scanner": self.shift.drift.scanner})
 
 
 class CohortRecipe(BaseModel):
@@ -125,8 +153,31 @@ class CohortRecipe(BaseModel):
                     f"Expected lesion_prevalence for brain-lesions only, got {site.lesion_prevalence} at site "
                     f"{site.name!r} of a {self.kind} cohort."
                 )
+            self._check_shift(site)
         self._refuse_shared_structures()
         return self
+
+    def _check_shift(self, site: SiteRecipe) -> None:
+        if site.shift is None:
+            return
+        with_lesions = self.kind == "brain-lesions"
+        if site.shift.labels is not None and not with_lesions:
+            raise ValueError(
+                f"Expected no label shift at site {site.name!r}: every brain has every structure; remove it."
+            )
+        absent = site.shift.missing.classes if site.shift.missing else ()
+        known = LESION_CLASSES if with_lesions else self.structures
+        if strange := [name for name in absent if name not in known]:
+            raise ValueError(
+                f"Expected missing classes of {', '.join(known)} at site {site.name!r}, got {strange[0]!r}."
+            )
+        if site.lesion_prevalence is not None:
+            lesion_proportions(site.lesion_prevalence, None, absent, Drawn(0, ()))
+
+    @property
+    def num_patients(self) -> int:
+        """Patients to be made, counted again for every scanner that sees them."""
+        return sum((site.train_patients + site.test_patients) * (2 if site.after_drift else 1) for site in self.sites)
 
     def _refuse_shared_structures(self) -> None:
         taken: set[int] = set()
@@ -150,7 +201,7 @@ class _Example:
     image_HW: Tensor
     label_HW: npt.NDArray[np.uint8]
     plane: SlicePlane
-    targets: dict[str, int]
+    columns: dict[str, str | int]
 
 
 def write_cohort(
@@ -194,6 +245,11 @@ def write_cohort(
     return manifests
 
 
+def drifted(place: Path) -> Path:
+    """Where the images of a site's next scanner are, beside its folder's or its manifest's own."""
+    return place / "replaced" if place.suffix != ".csv" else place.parent / "replaced" / place.name
+
+
 def _holds(directory: Path, recipe: CohortRecipe) -> bool:
     card = directory / "cohort.json"
     if not card.is_file():
@@ -208,9 +264,10 @@ def _holds(directory: Path, recipe: CohortRecipe) -> bool:
 def _build(recipe: CohortRecipe, directory: Path, progress: Callable[[int], None] | None) -> None:
     anatomy = load_anatomy()
     atlas_planes = _atlas_planes(recipe, anatomy)
+    folders = [(directory / site.name, site) for site in recipe.sites]
+    folders += [(drifted(directory / site.name), site.after_drift) for site in recipe.sites if site.after_drift]
     finished = 0
-    for site in recipe.sites:
-        folder = directory / site.name
+    for folder, site in folders:
         (folder / "images").mkdir(parents=True)
         (folder / "labels").mkdir()
         rows: list[dict[str, str | int]] = []
@@ -257,21 +314,30 @@ def _examples(
 ) -> Iterator[_Example]:
     """All images of one patient."""
     generator = np.random.default_rng(np.random.SeedSequence(derive_seed(recipe.seed, site.name, number)))
-    warp = sample_patient_warp(generator)
-    lesion = sample_lesion(generator) if _has_lesion(recipe, site, number) else None
-    for atlas_plane in atlas_planes:
+    is_held_out = number >= site.train_patients
+    shifted = ShiftedPatient.of(site.shift, seed=recipe.seed, site=site.name, number=number, is_held_out=is_held_out)
+    warp = shifted.body(sample_patient_warp(generator))
+    usual = sample_lesion(generator) if _has_lesion(recipe, site, number) else None
+    lesion = shifted.lesion(usual, site.lesion_prevalence)
+    attributes = shifted.person.columns if shifted.person else {}
+    for index, atlas_plane in enumerate(atlas_planes):
         jitter_mm = float(generator.uniform(-1.0, 1.0)) * _SLICE_SPACING_MM / 3
         placed = SlicePlane(atlas_plane.plane, atlas_plane.position_mm + jitter_mm, atlas_plane.image_size)
-        warped = warp_slice(anatomy, warp, align_slice(warp, placed))
+        warped = shifted.slab(anatomy, warp, warp_slice(anatomy, warp, align_slice(warp, placed)))
         image_HW, label_HW = warped.image_HW, _class_map(warped, recipe.structures)
+        targets: dict[str, int] = {}
         if lesion is not None:
             image_HW, lesion_HW = insert_lesion(warped, lesion)
             label_HW = lesion_HW.numpy().astype(np.uint8)
+        if recipe.kind == "brain-lesions":
+            targets, label_HW = shifted.finding(lesion, label_HW, index=index)
+        else:
+            label_HW = shifted.structures(label_HW, recipe.structures, index=index)
         yield _Example(
-            image_HW=SCANNERS[site.scanner].acquire(image_HW, generator),
+            image_HW=shifted.acquire(SCANNERS[site.scanner], image_HW, generator, index=index),
             label_HW=label_HW,
             plane=warped.plane,
-            targets=lesion_targets(lesion) if recipe.kind == "brain-lesions" else {},
+            columns={**targets, **attributes},
         )
 
 
@@ -315,7 +381,7 @@ def _write_example(
     _write_nifti(folder / "labels" / name, example.label_HW, example.plane, slope=1.0)
     row: dict[str, str | int] = {"image": f"images/{name}", "patient_id": patient_id, "split": split}
     mask_column = "label" if kind == "brain-structures" else "lesion_mask"
-    return {**row, **example.targets, mask_column: f"labels/{name}"}
+    return {**row, **example.columns, mask_column: f"labels/{name}"}
 
 
 def _write_nifti(path: Path, pixels_HW: npt.NDArray[np.uint8], plane: SlicePlane, *, slope: float) -> None:
