@@ -222,7 +222,7 @@ def _refuse_patients_in_two_splits(rows: Sequence[_Row]) -> None:
 
 
 def _read_item(row: _Row, site_id: str, task: SegmentationConfig | ClassificationConfig, pixels: PixelSpec) -> Item:
-    array = _read_array(row.image, row.where)
+    array = read_array(row.image, row.where)
     image_CHW = preprocess(array, pixels, where=f"{row.where}: {row.image}")
     reference = canonical_bytes(row.targets)
     annotation: Any = row.targets
@@ -233,7 +233,7 @@ def _read_item(row: _Row, site_id: str, task: SegmentationConfig | Classificatio
                 f"{row.where}: expected image and label both as NIfTI or neither, got {row.image.name} and "
                 f"{row.label.name}; their axes differ, convert one of them."
             )
-        label_HW = _read_array(row.label, row.where)
+        label_HW = read_array(row.label, row.where)
         _check_label(label_HW, array, row.label, row.where, len(task.classes))
         annotation = annotate(_resized_label(label_HW, pixels), len(task.classes))
         reference = row.label.read_bytes()
@@ -247,7 +247,7 @@ def _read_item(row: _Row, site_id: str, task: SegmentationConfig | Classificatio
     )
 
 
-def _read_array(path: Path, where: str) -> np.ndarray:
+def read_array(path: Path, where: str) -> np.ndarray:
     """The file's array as float32, without singleton axes, axes as the file has them."""
     try:
         if path.suffix == ".npy":

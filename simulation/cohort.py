@@ -197,7 +197,16 @@ class CohortRecipe(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Example:
+class Example:
+    """One image of a patient, before it is written.
+
+    Attributes:
+        image_HW: float32 in [0, 1].
+        label_HW: class indices, or the mask of a lesion.
+        plane: where the slice lies.
+        columns: what the manifest says of it besides.
+    """
+
     image_HW: Tensor
     label_HW: npt.NDArray[np.uint8]
     plane: SlicePlane
@@ -263,7 +272,7 @@ def _holds(directory: Path, recipe: CohortRecipe) -> bool:
 
 def _build(recipe: CohortRecipe, directory: Path, progress: Callable[[int], None] | None) -> None:
     anatomy = load_anatomy()
-    atlas_planes = _atlas_planes(recipe, anatomy)
+    atlas_planes = atlas_planes_of(recipe, anatomy)
     folders = [(directory / site.name, site) for site in recipe.sites]
     folders += [(drifted(directory / site.name), site.after_drift) for site in recipe.sites if site.after_drift]
     finished = 0
@@ -273,7 +282,7 @@ def _build(recipe: CohortRecipe, directory: Path, progress: Callable[[int], None
         rows: list[dict[str, str | int]] = []
         for number in range(site.train_patients + site.test_patients):
             split = "train" if number < site.train_patients else "test"
-            examples = _examples(recipe, site, number, anatomy, atlas_planes)
+            examples = examples_of(recipe, site, number, anatomy, atlas_planes)
             rows += [
                 _write_example(folder, f"{site.name}-{number:04d}", index, split, example, recipe.kind)
                 for index, example in enumerate(examples)
@@ -300,7 +309,8 @@ def _build(recipe: CohortRecipe, directory: Path, progress: Callable[[int], None
     (directory / "cohort.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
-def _atlas_planes(recipe: CohortRecipe, anatomy: Anatomy) -> list[SlicePlane]:
+def atlas_planes_of(recipe: CohortRecipe, anatomy: Anatomy) -> list[SlicePlane]:
+    """The slices that every patient of a cohort is cut along, in the atlas."""
     plane, centre_mm = best_slice(anatomy, recipe.structures) if recipe.structures else ("axial", _LESION_SLICE_Z_MM)
     middle = (recipe.images_per_patient - 1) / 2
     return [
@@ -309,9 +319,9 @@ def _atlas_planes(recipe: CohortRecipe, anatomy: Anatomy) -> list[SlicePlane]:
     ]
 
 
-def _examples(
+def examples_of(
     recipe: CohortRecipe, site: SiteRecipe, number: int, anatomy: Anatomy, atlas_planes: list[SlicePlane]
-) -> Iterator[_Example]:
+) -> Iterator[Example]:
     """All images of one patient."""
     generator = np.random.default_rng(np.random.SeedSequence(derive_seed(recipe.seed, site.name, number)))
     is_held_out = number >= site.train_patients
@@ -333,7 +343,7 @@ def _examples(
             targets, label_HW = shifted.finding(lesion, label_HW, index=index)
         else:
             label_HW = shifted.structures(label_HW, recipe.structures, index=index)
-        yield _Example(
+        yield Example(
             image_HW=shifted.acquire(SCANNERS[site.scanner], image_HW, generator, index=index),
             label_HW=label_HW,
             plane=warped.plane,
@@ -372,7 +382,7 @@ def _class_map(warped: WarpedSlice, structures: tuple[str, ...]) -> npt.NDArray[
 
 
 def _write_example(
-    folder: Path, patient_id: str, index: int, split: str, example: _Example, kind: str
+    folder: Path, patient_id: str, index: int, split: str, example: Example, kind: str
 ) -> dict[str, str | int]:
     """The manifest row of an image, after its two files are written."""
     name = f"{patient_id}-{index}.nii.gz"
