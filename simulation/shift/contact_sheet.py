@@ -100,7 +100,7 @@ def draw_contact_sheet() -> Mapping[str, bytes]:
             axes.set_axis_off()
             page.text(left_in / WIDTH_IN, bottom - 0.14 / height_in, title, fontsize=TEXT_PT, weight="bold")
             page.text(left_in / WIDTH_IN, bottom - 0.28 / height_in, setting, fontsize=SMALL_PT, color=FAINT)
-        note = "Anatomy from 1 real brain (MNI152 average), one synthetic patient. The stain phantom is drawn, no slide."
+        note = "Anatomy from 1 real brain (MNI152 average), one synthetic patient. The phantom is drawn, no slide."
         page.text(_GAP_IN / WIDTH_IN, 0.1 / height_in, note, fontsize=SMALL_PT, color=FAINT)
         return saved(page)
 

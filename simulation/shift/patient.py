@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from medfed.shift_profile import ShiftProfile
+from medfed.shift_profile import AnnotatorShift, ShiftProfile
 from simulation.anatomy import Anatomy
 from simulation.lesions import Lesion, lesion_targets
 from simulation.scanner import ScannerProfile
@@ -122,7 +122,7 @@ class ShiftedPatient:
                 return np.zeros_like(label_HW)
             never = [number for number, name in enumerate(names, start=1) if name in missing.classes]
             label_HW = np.where(np.isin(label_HW, never), np.uint8(0), label_HW)
-        return self._outlined(label_HW, index)
+        return self._outlined(label_HW, self.profile.annotator, index)
 
     def finding(self, lesion: Lesion | None, mask_HW: _Labels, *, index: int) -> tuple[dict[str, int], _Labels]:
         """Class indices and the outline of a lesion as the hospital has them on record.
@@ -138,10 +138,11 @@ class ShiftedPatient:
             overlooked |= bool(self.patient("annotator-misses").random() < annotator.misses)
         if lesion is None or overlooked:
             return lesion_targets(None), np.zeros_like(mask_HW)
-        return lesion_targets(lesion), self._outlined(mask_HW, index)
+        # Overlooked or not is of the patient, and was decided above.
+        attentive = None if annotator is None else annotator.model_copy(update={"misses": 0.0})
+        return lesion_targets(lesion), self._outlined(mask_HW, attentive, index)
 
-    def _outlined(self, label_HW: _Labels, index: int) -> _Labels:
-        shift = self.profile.annotator
+    def _outlined(self, label_HW: _Labels, shift: AnnotatorShift | None, index: int) -> _Labels:
         if shift is None or not self._has(shift.splits):
             return label_HW
         reader_px = reader_margin_px(shift, site=self.site, patient=self.patient)
