@@ -189,13 +189,12 @@ class StainShift(Section):
 class LabelShift(Section):
     """Other patients come: for lesions, who has one and of which side and size.
 
-    Each patient draws a type by the site's proportions: none, or one of two sides and two sizes.
-
     Attributes:
         finding: row of the real prevalence table, in place of the site's ``lesion_prevalence``.
         source: column of the table: the hospitals or data set it was counted in.
         concentration: alpha of a Dirichlet distribution around the types' common proportions, from which the site's
-            own are drawn once (Hsu et al. 2019); small is extreme. Left out: the common ones.
+            own are drawn once (Hsu et al. 2019), and by those each patient's: none, or one of two sides and two sizes.
+            Small is extreme. Left out: the common ones.
     """
 
     finding: Name | None = None

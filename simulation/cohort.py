@@ -65,7 +65,7 @@ class SiteRecipe(BaseModel):
         train_patients: patients in the train split.
         test_patients: patients in the test split.
         lesion_prevalence: fraction of patients with a lesion, kept within one patient in each split; for
-            lesion cohorts only. With a label shift each patient draws, and it is the probability.
+            lesion cohorts only. With a Dirichlet label shift or missing classes it is each patient's probability.
         shift: how the site differs from others, its presets written out.
     """
 

@@ -22,12 +22,24 @@ from medfed.models.pixels import PixelSpec
 from medfed.study import StudyConfig
 from medfed.study_sections import SegmentationConfig
 from simulation.overlays import COLOURS, Upright, displayable
-from simulation.shift.print_style import BAR, DPI, FAINT, INK, SMALL_PT, TEXT_PT, WIDTH_IN, figure, saved, styled
+from simulation.shift.print_style import (
+    BAR,
+    DPI,
+    FAINT,
+    INK,
+    PEOPLE,
+    SMALL_PT,
+    TEXT_PT,
+    WIDTH_IN,
+    figure,
+    saved,
+    styled,
+)
 
 _NUM_EXAMPLES = 4
 _ATTRIBUTES = ("sex", "age_group")
 _NAME_IN, _TOP_IN, _BOTTOM_IN, _GAP_IN = 1.45, 0.55, 0.5, 0.12
-_BARS_LABEL_IN, _BARS_IN = 1.25, 1.25
+_BARS_LABEL_IN, _BARS_IN, _NUMBER_IN, _BAR_IN = 1.3, 1.6, 0.95, 0.16
 
 
 @dataclass(frozen=True)
@@ -58,14 +70,12 @@ def draw_cohort(
         pixels: how images were preprocessed.
         provenance: where they come from; said under the figure.
     """
-    attributes = {site.name: _attributes(site) for site in sites}
-    columns = [_NUM_EXAMPLES, 1 + any(attributes.values())]
-    bars_in = columns[1] * (_BARS_LABEL_IN + _BARS_IN) + 0.1
-    side_in = (WIDTH_IN - _NAME_IN - bars_in - _NUM_EXAMPLES * _GAP_IN) / _NUM_EXAMPLES
     shares = {site.name: _labels(study, site.cohort) for site in sites}
     areas_px = {site.name: _areas_px(study, site.cohort) for site in sites}
-    most_bars = max(len(found) for kind in (shares, attributes) for found in kind.values())
-    row_in = max(side_in, 0.16 * most_bars + 0.1) + _GAP_IN
+    attributes = {site.name: _attributes(site) for site in sites}
+    side_in = (WIDTH_IN - _NAME_IN - _BARS_LABEL_IN - _BARS_IN - _NUM_EXAMPLES * _GAP_IN) / _NUM_EXAMPLES
+    most_bars = max(len(shares[site.name]) + len(attributes[site.name]) + 1 for site in sites)
+    row_in = max(side_in, _BAR_IN * most_bars + _GAP_IN) + _GAP_IN
     height_in = _TOP_IN + row_in * len(sites) + _BOTTOM_IN
     with styled():
         page = figure(height_in)
@@ -76,7 +86,7 @@ def draw_cohort(
                 (left_in / WIDTH_IN, bottom_in / height_in, width_in / WIDTH_IN, tall_in / height_in)
             )  # fmt: skip
 
-        bars_left_in = _NAME_IN + _NUM_EXAMPLES * (side_in + _GAP_IN)
+        bars_left_in = _NAME_IN + _NUM_EXAMPLES * (side_in + _GAP_IN) + _BARS_LABEL_IN
         for number, site in enumerate(sites):
             top_in = _TOP_IN + number * row_in
             _write_name(page, site, top_in / height_in, row_in / height_in)
@@ -84,19 +94,18 @@ def draw_cohort(
             for index, item in enumerate(_examples(site.cohort)):
                 axes = place(_NAME_IN + index * (side_in + _GAP_IN), top_in, side_in, side_in)
                 _draw_image(axes, study, item, pixels, upright)
-            for index, found in enumerate((shares[site.name], attributes[site.name])):
-                if found:
-                    left_in = bars_left_in + index * (_BARS_LABEL_IN + _BARS_IN) + _BARS_LABEL_IN
-                    axes = place(left_in, top_in, _BARS_IN - 0.6, min(side_in, 0.16 * len(found) + 0.1))
-                    colours, sizes_px = (_bar_colours(study), areas_px[site.name]) if index == 0 else ({}, {})
-                    _draw_bars(axes, found, colours, sizes_px)
-        headings = ["training images with", "training patients"][: columns[1]]
-        page.text(_NAME_IN / WIDTH_IN, 1 - 0.42 / height_in, "first training patients", fontsize=TEXT_PT)
-        for index, heading in enumerate(headings):
-            left_in = bars_left_in + index * (_BARS_LABEL_IN + _BARS_IN) + 0.2
-            page.text(left_in / WIDTH_IN, 1 - 0.42 / height_in, heading, fontsize=TEXT_PT)
+            labels, people = shares[site.name], attributes[site.name]
+            axes = place(bars_left_in, top_in, _BARS_IN - _NUMBER_IN, _BAR_IN * len(labels))
+            _draw_bars(axes, labels, _bar_colours(study), areas_px[site.name])
+            if people:
+                below_in = top_in + _BAR_IN * (len(labels) + 0.6)
+                axes = place(bars_left_in, below_in, _BARS_IN - _NUMBER_IN, _BAR_IN * len(people))
+                _draw_bars(axes, people, dict.fromkeys(people, PEOPLE), {})
+        heading = 1 - 0.42 / height_in
+        page.text(_NAME_IN / WIDTH_IN, heading, "first training patients", fontsize=TEXT_PT)
+        page.text(bars_left_in / WIDTH_IN, heading, "share of training images, %", fontsize=TEXT_PT, ha="center")
         sized = ", with the mean area of an outline" if isinstance(study.task, SegmentationConfig) else ""
-        note = f"{study.name}. {provenance} Bars: per cent of each site's own{sized}."
+        note = f"{study.name}. {provenance} Bars: of each site's own{sized}; grey: of patients."
         page.text(0.008, 0.16 / height_in, note, fontsize=SMALL_PT, color=FAINT, parse_math=False)
         return saved(page)
 
@@ -146,10 +155,11 @@ def _attributes(site: ShownSite) -> dict[str, float]:
 
 def _write_name(page: Any, site: ShownSite, from_top: float, row: float) -> None:
     patients = {split: len({item.patient_id for item in getattr(site.cohort, split)}) for split in ("train", "test")}
-    lines = [f"{patients['train']} + {patients['test']} patients", *site.described]
+    name, _, when = site.name.partition(", ")
+    lines = [*([when] if when else []), f"{patients['train']} + {patients['test']} patients", *site.described]
     top = 1.0 - from_top
     height_in = page.get_size_inches()[1]
-    page.text(0.008, top, site.name, fontsize=TEXT_PT + 1, weight="bold", va="top", parse_math=False)
+    page.text(0.008, top, name, fontsize=TEXT_PT + 1, weight="bold", va="top", parse_math=False)
     step = min(0.145 / height_in, (row - 0.2 / height_in) / max(len(lines), 1))
     for number, line in enumerate(lines):
         where = top - 0.2 / height_in - number * step

@@ -1,7 +1,8 @@
 """``medfed simulate --show-cohort``: what the hospitals of a study hold and how far apart they are; nothing trains.
 
 Every site is measured on all its patients as they are before the first round; a site whose scanner is replaced is
-there twice.
+there twice. The patients of those two rows are the same, so the test between them is not of two independent samples;
+its p-value is then a rough guide.
 """
 
 from __future__ import annotations
@@ -137,11 +138,12 @@ def _features(cohorts: Mapping[str, Cohort], model: AdaptedModel, reporter: Repo
 def _feature(item: Item, model: AdaptedModel, cache: FeatureCache) -> _Vectors:
     with torch.no_grad():
         embedding = model.embed(cache.features_of(item, model)[None])[0]
-    return pooled(embedding).double().cpu().numpy()
+    vector: _Vectors = pooled(embedding.cpu()).numpy()
+    return vector
 
 
 def pooled(embedding: Tensor) -> Tensor:
-    """One vector of an embedding of any shape: maps and tokens by mean and standard deviation over places.
+    """One float64 vector of an embedding of any shape: maps and tokens by mean and deviation over places.
 
     ==============  =====================================
     embedding       vector
@@ -151,6 +153,7 @@ def pooled(embedding: Tensor) -> Tensor:
     (D,)            itself
     ==============  =====================================
     """
+    embedding = embedding.double().contiguous()  # sums in one order, whatever layout a cache gave it
     if embedding.dim() == 1:
         return embedding
     places = embedding.flatten(1).T if embedding.dim() == 3 else embedding

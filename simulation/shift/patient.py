@@ -67,10 +67,11 @@ class ShiftedPatient:
 
     def lesion(self, usual: Lesion | None, prevalence: float | None) -> Lesion | None:
         """The lesion that this patient comes with: the usual one, unless the hospital sees other patients."""
-        absent = self.profile.missing.classes if self.profile.missing else ()
-        if prevalence is None or (self.profile.labels is None and not absent):
+        labels, absent = self.profile.labels, self.profile.missing.classes if self.profile.missing else ()
+        is_drawn = bool(absent) or (labels is not None and labels.concentration is not None)
+        if prevalence is None or not is_drawn:
             return usual
-        proportions = lesion_proportions(prevalence, self.profile.labels, absent, self.site)
+        proportions = lesion_proportions(prevalence, labels, absent, self.site)
         return draw_lesion(proportions, self.patient("labels"))
 
     def slab(self, anatomy: Anatomy, warp: PatientWarp, warped: WarpedSlice) -> WarpedSlice:

@@ -9,7 +9,7 @@ from typing import Any
 WIDTH_IN = 10.0
 DPI = 160
 INK, FAINT = "#222222", "#777777"
-BAR = "#2a7fc4"
+BAR, PEOPLE = "#2a7fc4", "#8a8a8a"
 TEXT_PT, SMALL_PT = 9.0, 7.5
 
 # One hash salt and no date, so that the same figure is the same file.

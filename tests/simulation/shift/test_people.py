@@ -34,9 +34,15 @@ def within(count: int, total: int, probability: float) -> bool:
 
 
 @pytest.mark.parametrize(("finding", "source", "share"), [("effusion", "chexpert", 0.386), ("edema", "nih", 0.021)])
-def test_patients_have_lesions_at_the_prevalence_of_the_table(finding: str, source: str, share: float) -> None:
+def test_prevalence_is_that_of_the_table(finding: str, source: str, share: float) -> None:
     assert prevalence_of(finding, source) == pytest.approx(share)
-    shift = LabelShift(finding=finding, source=source)
+    with pytest.raises(ValueError, match="Expected a finding of"):
+        prevalence_of(finding, "mimic")
+
+
+@pytest.mark.parametrize("share", [0.386, 0.031])
+def test_patients_who_draw_have_lesions_at_the_prevalence(share: float) -> None:
+    shift = LabelShift(concentration=1e6)
     found = [patient(number, labels=shift).lesion(None, share) for number in range(600)]
     assert within(sum(lesion is not None for lesion in found), 600, share)
 
