@@ -6,6 +6,8 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from simulation.overlays import packed_png
+
 WIDTH_IN = 10.0
 DPI = 160
 INK, FAINT = "#222222", "#777777"
@@ -43,10 +45,6 @@ def figure(height_in: float, width_in: float = WIDTH_IN) -> Any:
 
 def saved(drawing: Any) -> Mapping[str, bytes]:
     """The figure as ``svg`` and ``png``."""
-    files = {}
-    for suffix in ("svg", "png"):
-        buffer = io.BytesIO()
-        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-        drawing.savefig(buffer, format=suffix, metadata=metadata, facecolor="white")
-        files[suffix] = buffer.getvalue()
-    return files
+    svg = io.BytesIO()
+    drawing.savefig(svg, format="svg", metadata={"Date": None})
+    return {"svg": svg.getvalue(), "png": packed_png(drawing)}
