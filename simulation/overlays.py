@@ -282,4 +282,6 @@ def packed_png(figure: Any) -> bytes:
 def _whose(study: StudyConfig, site: SiteConfig) -> str:
     if study.cohort is None:
         return f"Held-out patient of site {site.name}, from the user's own data"
-    return f"Virtual patient of site {site.name}, scanner {site.scanner}; the patient's left is on the right"
+    drift = site.shift.drift if site.shift else None
+    scanner = drift.scanner if drift else site.scanner  # the last, as pictures are of the last round
+    return f"Virtual patient of site {site.name}, scanner {scanner}; the patient's left is on the right"

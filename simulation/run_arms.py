@@ -70,7 +70,7 @@ def run_arms(
         RoundError: of the first arm that fails; the others are stopped after their running messages, and
             all can be resumed.
     """
-    reporter.start("encoding and training", _images_to_go(arms, study, folder, cohorts))
+    reporter.start("encoding and training", _images_to_go(arms, study, folder, cohorts, missing))
     _warm_up_optimizers()
     here = [arm for arm in arms if engine == "in-process" or arm.scope != "federated"]
     _run_in_process(here, study, folder, tuple(cohorts), num_workers, reporter, missing)
@@ -133,7 +133,9 @@ def _run_in_process(
                 raise
 
 
-def _images_to_go(arms: list[Arm], study: StudyConfig, folder: Path, cohorts: Mapping[str, Cohort]) -> int:
+def _images_to_go(
+    arms: list[Arm], study: StudyConfig, folder: Path, cohorts: Mapping[str, Cohort], missing: Attendance
+) -> int:
     """Images that sites will still report, for the progress bar."""
     every = study.rounds.evaluate_every
     total = 0
@@ -148,6 +150,8 @@ def _images_to_go(arms: list[Arm], study: StudyConfig, folder: Path, cohorts: Ma
         weights = {name: study.declared_units(name) or len(cohort.train) for name, cohort in cohorts.items()}
         total += sum(weights.values())  # every node describes itself
         total += len(rounds) * sum(weights[name] for name in arm.train_sites)
+        if arm.scope == FEDERATED:
+            total -= sum(weights[site] for (r, site), why in missing.items() if r in rounds and why == "away")
         total += evaluations * sum(len(cohorts[name].test) for name in arm.evaluate_sites)
     return total
 

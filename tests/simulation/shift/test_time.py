@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from client.site import LaterData, VirtualSite
+from client.site import LaterData, VirtualSite, site_of_partition
 from medfed.errors import StudyError
 from medfed.study import StudyConfig
 from server.checkpoint import read_checkpoint
@@ -161,3 +161,38 @@ def _paint_over(folder: Path) -> None:
         pixels = np.asarray(nibabel.load(path).dataobj)
         blurred = pixels + np.random.default_rng(0).normal(0, 60, pixels.shape)
         nibabel.save(nibabel.Nifti1Image(blurred.astype(np.float32), np.eye(4)), path)
+
+
+@pytest.mark.slow
+def test_site_that_is_away_or_late_drops_out_of_a_secure_sum_which_is_opened_without_it(
+    make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path
+) -> None:
+    plain = make_secure_study()
+    shifts = {"south": {"availability": {"absent_rounds": [1]}}, "west": {"availability": {"late": 0.5}}}
+    study = with_shifts(plain, shifts, rounds={"num_rounds": 3})
+    missing = attendance(study, shifts_of(study))
+    assert "late" in missing.values()
+    run = simulate(study_file(study), out=tmp_path, workers=0, baselines=False)
+    for number in range(1, 4):
+        (line,) = [
+            line for line in metrics_of(run.folder) if line["event"] == "train" and line["round"] == number
+        ]  # fmt: skip
+        assert line["num_sites"] == 5 - sum(key[0] == number for key in missing)
+
+
+@pytest.mark.slow
+def test_late_site_pays_for_its_round_and_a_site_that_is_away_does_not(
+    make_private_study: MakeStudy, study_file: StudyFile, tmp_path: Path
+) -> None:
+    plain = make_private_study(SITES)
+    shifts = {"south": {"availability": {"absent_rounds": [1]}}, "west": {"availability": {"late": 0.6}}}
+    study = with_shifts(plain, shifts, rounds={"num_rounds": 2, "quorum": 1})
+    missing = attendance(study, shifts_of(study))
+    assert missing == {(1, "south"): "away", (1, "west"): "late"}
+    run = simulate(study_file(study), out=tmp_path, workers=0, baselines=False)
+    assert trained_in(run, 1) == ["north"]
+    paid = {}
+    for index, name in enumerate(SITES):
+        site = site_of_partition(index)
+        paid[name] = len(site.ledger.charges(site.cohort_name("federated")))
+    assert paid == {"north": 2, "south": 1, "west": 2}
