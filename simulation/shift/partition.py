@@ -129,13 +129,13 @@ def partition(
     if column is not None and column not in rows[0]:
         raise DataError(f"Expected a column {column!r}, got {', '.join(rows[0])}; name another.")
     if way in ("dirichlet", "column") and column is None:
-        raise DataError(f"Expected a column to deal out by for {way!r}, got none; name one.")
+        raise DataError(f"Expected a column to deal out by for {way!r}, got none; give --column.")
     if way == "column":
         assert column is not None
         named = _by_column(rows, column)
     else:
         if num_sites is None or num_sites < 1:
-            raise DataError(f"Expected a number of sites of at least 1 for {way!r}, got {num_sites}; give one.")
+            raise DataError(f"Expected a number of sites of at least 1 for {way!r}, got {num_sites}; give --sites.")
         label = column if way == "dirichlet" else None
         home = _dealt(rows, way, num_sites, label, concentration, least, seed)
         width = len(str(num_sites))

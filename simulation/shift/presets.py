@@ -5,6 +5,7 @@ Presets combine: each says one thing, and a hospital may be several. Drift has n
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -119,6 +120,8 @@ def resolved(profile: ShiftProfile) -> ShiftProfile:
     families: dict[str, object] = {}
     for name in profile.presets:
         if name not in PRESETS:
-            raise ValueError(f"Expected a preset of {', '.join(PRESETS)}, got {name!r}.")
+            close = difflib.get_close_matches(name, PRESETS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "choose one of them."
+            raise ValueError(f"Expected a preset of those that 'medfed cohort presets' lists, got {name!r}; {hint}")
         families |= PRESETS[name].profile.families
     return ShiftProfile.model_validate({**families, **profile.families})

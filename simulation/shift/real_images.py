@@ -8,6 +8,8 @@ Dimension key: H = rows, W = columns, 3 = red, green, blue.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -65,25 +67,43 @@ def shift_images(
     if out.exists() and any(out.iterdir()):
         raise DataError(f"Expected an empty folder at {out}, got files; choose another folder.")
     rows = read_rows(manifest)
-    for folder in ("images", "labels"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = out.with_name(f".{out.name}-{os.getpid()}-building")
+    try:
+        for folder in ("images", "labels"):
+            (building / folder).mkdir(parents=True, exist_ok=True)
+        write_rows(building / "manifest.csv", _copies(rows, manifest, profile, building, structures, seed, progress))
+        building.replace(out)  # whole or not at all
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return out / "manifest.csv"
+
+
+def _copies(
+    rows: Sequence[Row],
+    manifest: Path,
+    profile: ShiftProfile,
+    out: Path,
+    structures: Sequence[str],
+    seed: int,
+    progress: Callable[[int], None] | None,
+) -> list[Row]:
+    """The rows of the copies, after their files are written."""
+    site = Drawn(seed, ("images",))
     numbers: dict[str, int] = {}
     shifted: list[Row] = []
     for number, row in enumerate(rows):
         index = numbers[row["patient_id"]] = numbers.get(row["patient_id"], -1) + 1
-        site = Drawn(seed, ("images",))
         patient = ShiftedPatient(profile, site, site.of(row["patient_id"]), is_held_out=row["split"] == "test")
         where = f"{manifest}, row {number + 2}"
         copy = {**row, "image": _shift_image(manifest.parent / row["image"], out, number, patient, index, where)}
         if row.get("label"):
-            copy["label"] = _shift_label(
-                manifest.parent / row["label"], out, number, patient, index, tuple(structures), where
-            )  # fmt: skip
+            label = manifest.parent / row["label"]
+            copy["label"] = _shift_label(label, out, number, patient, index, tuple(structures), where)
         shifted.append(copy)
         if progress is not None:
             progress(number + 1)
-    write_rows(out / "manifest.csv", shifted)
-    return out / "manifest.csv"
+    return shifted
 
 
 def _shift_image(path: Path, out: Path, number: int, patient: ShiftedPatient, index: int, where: str) -> str:

@@ -176,4 +176,5 @@ def test_family_that_means_nothing_for_slides_is_refused(
 
 def test_stain_of_a_grey_image_is_refused(make_cohort: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="leave stain out"):
-        shifted(make_cohort(), tmp_path / "out", stain={"scale": 0.2})
+        shifted(make_cohort(), tmp_path / "out" / "here", stain={"scale": 0.2})
+    assert not list((tmp_path / "out").iterdir())  # whole or not at all
