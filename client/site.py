@@ -41,18 +41,42 @@ SITES_VARIABLE = "MEDFED_SITES"
 """Environment variable with the path of a :class:`VirtualSites` file."""
 
 
+class LaterData(BaseModel):
+    """What takes the place of a virtual site's data when its scanner is replaced.
+
+    Attributes:
+        from_round: first round with it.
+        manifests: the data from then on; the same patients.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    from_round: int = Field(ge=1)
+    manifests: tuple[Path, ...] = Field(min_length=1)
+
+
 class VirtualSite(BaseModel):
     """One virtual site.
 
     Attributes:
         name: as in the study, or ``pooled``.
         manifests: its data; more than one only for the pooled upper bound.
+        later: what takes its place in later rounds, in the order of rounds; for virtual sites alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Name
     manifests: tuple[Path, ...] = Field(min_length=1)
+    later: tuple[LaterData, ...] = ()
+
+    def manifests_in(self, round_number: int) -> tuple[Path, ...]:
+        """The data in a round."""
+        manifests = self.manifests
+        for later in self.later:
+            if round_number >= later.from_round:
+                manifests = later.manifests
+        return manifests
 
 
 class VirtualSites(BaseModel):
@@ -118,6 +142,7 @@ class Site:
         memory: folder of what it remembers between rounds.
         noise_seed: None draws from the operating system, as it must be wherever a patient is real.
         replies: what it answered, for questions that come again; None answers every question anew, as a simulation may.
+        virtual: the description of a virtual site whose data changes with the round.
     """
 
     def __init__(
@@ -136,6 +161,7 @@ class Site:
         memory: Path,
         noise_seed: int | None,
         replies: ReplyStore | None = None,
+        virtual: VirtualSite | None = None,
     ) -> None:
         self.name = name
         self.replies = replies
@@ -151,7 +177,8 @@ class Site:
         self._memory = memory
         self._secure_clients: dict[bytes, SecureClient] = {}
         self._noise_seed = noise_seed
-        self._cohorts: dict[str, Cohort] = {}
+        self._virtual = virtual
+        self._cohorts: dict[tuple[str, str, tuple[Path, ...]], Cohort] = {}
 
     @property
     def policy(self) -> SitePolicy:
@@ -227,13 +254,18 @@ class Site:
             return RandomStream.from_system()
         return RandomStream.for_simulation(self._noise_seed, self.name, scope, round_number)
 
+    def turn_to(self, round_number: int) -> None:
+        """Let a virtual site hold what it holds in a round; others hold the same in every round."""
+        if self._virtual is not None:
+            self.manifests = self._virtual.manifests_in(round_number)
+
     def cohort(self, study: StudyConfig, pixels: PixelSpec) -> Cohort:
-        """The site's cohort for a study; read and checked at the first call.
+        """The site's cohort for a study, as of the round it was turned to; read and checked at the first call.
 
         Raises:
             DataError: if it breaks a rule.
         """
-        key = f"{study.model_digest}:{pixels.digest}"
+        key = (study.model_digest, pixels.digest, self.manifests)
         if key not in self._cohorts:
             self._cohorts[key] = load_cohort(self.name, self.manifests, study.task, pixels)
         return self._cohorts[key]
@@ -313,6 +345,7 @@ def _open_sites(path: str) -> tuple[Site, ...]:
             journal=virtual.journals / site.name,
             memory=virtual.memories / site.name,
             noise_seed=virtual.noise_seed,
+            virtual=site if site.later else None,
         )
         for site in virtual.sites
     )

@@ -16,11 +16,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from medfed import study_sections
+from medfed import shift_profile, study_sections
 from medfed.adapter_manifest import AdapterManifest
 from medfed.canonical import canonical_bytes, sha256_hex
 from medfed.consortium import Quorum
 from medfed.errors import SecureAggregationError, StudyError
+from medfed.quantity import with_quantities
 from medfed.study_sections import (
     AdapterConfig,
     BackboneConfig,
@@ -181,7 +182,9 @@ class StudyConfig(Section):
         }
         lesions = self.cohort is not None and self.cohort.kind == "brain-lesions"
         if lesions:
-            recipe["lesion_prevalence"] = site.lesion_prevalence
+            # A shift may take the prevalence from the table; whether it does is known when presets are resolved.
+            if site.lesion_prevalence is not None or site.shift is None:
+                recipe["lesion_prevalence"] = site.lesion_prevalence
         elif site.lesion_prevalence is not None:
             raise ValueError(f"site {site.name!r}: lesion_prevalence belongs to cohort kind 'brain-lesions'; remove it")
         if self.cohort is None and any(value is not None for value in recipe.values()):
@@ -318,7 +321,7 @@ def read_study(path: Path) -> StudyConfig:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise StudyError(f"Expected valid TOML in {path}, got: {error}.") from None
-    study = _validate(data, str(path))
+    study = _validate(with_quantities(data), str(path))
     if study.cohort is not None or study.is_for_hospitals:
         return study
     for site in study.sites:
@@ -394,6 +397,6 @@ def _first_problem(error: ValidationError, origin: str) -> str:
 
 
 def _all_keys() -> list[str]:
-    found = (*vars(study_sections).values(), StudyConfig)
+    found = (*vars(study_sections).values(), *vars(shift_profile).values(), StudyConfig)
     sections = [value for value in found if isinstance(value, type) and issubclass(value, Section)]
     return sorted({key for section in sections for key in section.model_fields})

@@ -9,21 +9,19 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from medfed.consortium import Quorum
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
-"""Lower-case letters, digits, hyphen and underscore: safe in file names, CSV columns and message headers."""
+from medfed.section import Name as Name
+from medfed.section import Section as Section
+from medfed.shift_profile import QuantityShift, ShiftProfile
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256, hexadecimal."""
 
 
-class Section(BaseModel):
-    """A part of a study file: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 class BackboneConfig(Section):
@@ -445,10 +443,12 @@ class CohortConfig(Section):
     Attributes:
         kind: ``brain-structures`` (segmentation) or ``brain-lesions`` (classification).
         images_per_patient: slices of each virtual patient.
+        quantity: how training patients are spread over the sites that do not say how many they have.
     """
 
     kind: Literal["brain-structures", "brain-lesions"]
     images_per_patient: Annotated[int, Field(ge=1, le=16)] = 1
+    quantity: QuantityShift | None = Field(default=None, exclude_if=_is_none)
 
 
 class SiteConfig(Section):
@@ -469,6 +469,7 @@ class SiteConfig(Section):
             makes keys where there are none.
         rank: for adapter.method = ``lora``: this site trains only the first so many of the adapter's ranks; all of
             them if left out. For sites with less memory, or whose noise should fall on fewer numbers.
+        shift: how a simulated hospital differs from the others.
     """
 
     name: Name
@@ -480,6 +481,7 @@ class SiteConfig(Section):
     declared_patients: Annotated[int, Field(ge=1)] | None = None
     signing_key: Digest | None = None
     rank: Annotated[int, Field(ge=1)] | None = None
+    shift: ShiftProfile | None = Field(default=None, exclude_if=_is_none)  # absent: the digest is that of before it
 
 
 def distinct(names: tuple[str, ...], what: str) -> tuple[str, ...]:

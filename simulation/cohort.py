@@ -10,6 +10,7 @@ Layout of a cohort::
     <site>/manifest.csv       one row per image; paths are relative to it
     <site>/images/*.nii.gz    2-D slice, uint8 that the header scales to [0, 1]
     <site>/labels/*.nii.gz    structures: class index, 0 = background; lesions: mask of the lesion
+    <site>/replaced/...       the same once more, as the site's next scanner sees its patients; only with drift
 
 A file holds rows by columns as they are shown; its affine says where they lie in the patient.
 """
@@ -36,9 +37,13 @@ from torch import Tensor
 
 from medfed.canonical import canonical_bytes, derive_seed, sha256_hex
 from medfed.errors import DataError
+from medfed.shift_profile import ShiftProfile
 from simulation.anatomy import Anatomy, best_slice, load_anatomy, structure_labels
-from simulation.lesions import insert_lesion, lesion_targets, sample_lesion
+from simulation.lesions import insert_lesion, sample_lesion
 from simulation.scanner import SCANNERS
+from simulation.shift.draws import Drawn
+from simulation.shift.labels import LESION_CLASSES, lesion_proportions
+from simulation.shift.patient import ShiftedPatient
 from simulation.warp import SlicePlane, WarpedSlice, align_slice, sample_patient_warp, warp_slice
 
 GENERATOR_VERSION = 2  # raise it when the same recipe would give other bytes: old cohorts are then rebuilt
@@ -60,7 +65,8 @@ class SiteRecipe(BaseModel):
         train_patients: patients in the train split.
         test_patients: patients in the test split.
         lesion_prevalence: fraction of patients with a lesion, kept within one patient in each split; for
-            lesion cohorts only.
+            lesion cohorts only. With a Dirichlet label shift or missing classes it is each patient's probability.
+        shift: how the site differs from others, its presets written out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,6 +76,8 @@ class SiteRecipe(BaseModel):
     train_patients: int = Field(ge=1, le=9999)
     test_patients: int = Field(ge=0, le=9999)
     lesion_prevalence: float | None = Field(default=None, ge=0.0, le=1.0)
+    # Left out of the recipe's form where there is none, so that cohorts from before shifts keep their digests.
+    shift: ShiftProfile | None = Field(default=None, exclude_if=lambda shift: shift is None)
 
     @field_validator("name")
     @classmethod
@@ -84,6 +92,26 @@ class SiteRecipe(BaseModel):
         if scanner not in SCANNERS:
             raise ValueError(f"Expected a scanner of {', '.join(SCANNERS)}, got {scanner!r}.")
         return scanner
+
+    @model_validator(mode="after")
+    def _shift_fits_brains(self) -> SiteRecipe:
+        shift = self.shift
+        if shift is None:
+            return self
+        if shift.presets:
+            raise ValueError(f"Expected a profile with its presets written out, got {', '.join(shift.presets)}.")
+        if shift.stain is not None:
+            raise ValueError(f"Expected no stain at site {self.name!r}: brains are grey; remove it from the shift.")
+        if shift.drift is not None:
+            self._is_known(shift.drift.scanner)
+        return self
+
+    @property
+    def after_drift(self) -> SiteRecipe | None:
+        """The site with its next scanner, if it gets one."""
+        if self.shift is None or self.shift.drift is None:
+            return None
+        return self.model_copy(update={"scanner": self.shift.drift.scanner})
 
 
 class CohortRecipe(BaseModel):
@@ -125,8 +153,31 @@ class CohortRecipe(BaseModel):
                     f"Expected lesion_prevalence for brain-lesions only, got {site.lesion_prevalence} at site "
                     f"{site.name!r} of a {self.kind} cohort."
                 )
+            self._check_shift(site)
         self._refuse_shared_structures()
         return self
+
+    def _check_shift(self, site: SiteRecipe) -> None:
+        if site.shift is None:
+            return
+        with_lesions = self.kind == "brain-lesions"
+        if site.shift.labels is not None and not with_lesions:
+            raise ValueError(
+                f"Expected no label shift at site {site.name!r}: every brain has every structure; remove it."
+            )
+        absent = site.shift.missing.classes if site.shift.missing else ()
+        known = LESION_CLASSES if with_lesions else self.structures
+        if strange := [name for name in absent if name not in known]:
+            raise ValueError(
+                f"Expected missing classes of {', '.join(known)} at site {site.name!r}, got {strange[0]!r}."
+            )
+        if site.lesion_prevalence is not None:
+            lesion_proportions(site.lesion_prevalence, None, absent, Drawn(0, ()))
+
+    @property
+    def num_patients(self) -> int:
+        """Patients to be made, counted again for every scanner that sees them."""
+        return sum((site.train_patients + site.test_patients) * (2 if site.after_drift else 1) for site in self.sites)
 
     def _refuse_shared_structures(self) -> None:
         taken: set[int] = set()
@@ -146,11 +197,20 @@ class CohortRecipe(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Example:
+class Example:
+    """One image of a patient, before it is written.
+
+    Attributes:
+        image_HW: float32 in [0, 1].
+        label_HW: class indices, or the mask of a lesion.
+        plane: where the slice lies.
+        columns: what the manifest says of it besides.
+    """
+
     image_HW: Tensor
     label_HW: npt.NDArray[np.uint8]
     plane: SlicePlane
-    targets: dict[str, int]
+    columns: dict[str, str | int]
 
 
 def write_cohort(
@@ -194,6 +254,11 @@ def write_cohort(
     return manifests
 
 
+def drifted(place: Path) -> Path:
+    """Where the images of a site's next scanner are, beside its folder's or its manifest's own."""
+    return place / "replaced" if place.suffix != ".csv" else place.parent / "replaced" / place.name
+
+
 def _holds(directory: Path, recipe: CohortRecipe) -> bool:
     card = directory / "cohort.json"
     if not card.is_file():
@@ -207,16 +272,17 @@ def _holds(directory: Path, recipe: CohortRecipe) -> bool:
 
 def _build(recipe: CohortRecipe, directory: Path, progress: Callable[[int], None] | None) -> None:
     anatomy = load_anatomy()
-    atlas_planes = _atlas_planes(recipe, anatomy)
+    atlas_planes = atlas_planes_of(recipe, anatomy)
+    folders = [(directory / site.name, site) for site in recipe.sites]
+    folders += [(drifted(directory / site.name), site.after_drift) for site in recipe.sites if site.after_drift]
     finished = 0
-    for site in recipe.sites:
-        folder = directory / site.name
+    for folder, site in folders:
         (folder / "images").mkdir(parents=True)
         (folder / "labels").mkdir()
         rows: list[dict[str, str | int]] = []
         for number in range(site.train_patients + site.test_patients):
             split = "train" if number < site.train_patients else "test"
-            examples = _examples(recipe, site, number, anatomy, atlas_planes)
+            examples = examples_of(recipe, site, number, anatomy, atlas_planes)
             rows += [
                 _write_example(folder, f"{site.name}-{number:04d}", index, split, example, recipe.kind)
                 for index, example in enumerate(examples)
@@ -243,7 +309,8 @@ def _build(recipe: CohortRecipe, directory: Path, progress: Callable[[int], None
     (directory / "cohort.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
-def _atlas_planes(recipe: CohortRecipe, anatomy: Anatomy) -> list[SlicePlane]:
+def atlas_planes_of(recipe: CohortRecipe, anatomy: Anatomy) -> list[SlicePlane]:
+    """The slices that every patient of a cohort is cut along, in the atlas."""
     plane, centre_mm = best_slice(anatomy, recipe.structures) if recipe.structures else ("axial", _LESION_SLICE_Z_MM)
     middle = (recipe.images_per_patient - 1) / 2
     return [
@@ -252,26 +319,35 @@ def _atlas_planes(recipe: CohortRecipe, anatomy: Anatomy) -> list[SlicePlane]:
     ]
 
 
-def _examples(
+def examples_of(
     recipe: CohortRecipe, site: SiteRecipe, number: int, anatomy: Anatomy, atlas_planes: list[SlicePlane]
-) -> Iterator[_Example]:
+) -> Iterator[Example]:
     """All images of one patient."""
     generator = np.random.default_rng(np.random.SeedSequence(derive_seed(recipe.seed, site.name, number)))
-    warp = sample_patient_warp(generator)
-    lesion = sample_lesion(generator) if _has_lesion(recipe, site, number) else None
-    for atlas_plane in atlas_planes:
+    is_held_out = number >= site.train_patients
+    shifted = ShiftedPatient.of(site.shift, seed=recipe.seed, site=site.name, number=number, is_held_out=is_held_out)
+    warp = shifted.body(sample_patient_warp(generator))
+    usual = sample_lesion(generator) if _has_lesion(recipe, site, number) else None
+    lesion = shifted.lesion(usual, site.lesion_prevalence)
+    attributes = shifted.person.columns if shifted.person else {}
+    for index, atlas_plane in enumerate(atlas_planes):
         jitter_mm = float(generator.uniform(-1.0, 1.0)) * _SLICE_SPACING_MM / 3
         placed = SlicePlane(atlas_plane.plane, atlas_plane.position_mm + jitter_mm, atlas_plane.image_size)
-        warped = warp_slice(anatomy, warp, align_slice(warp, placed))
+        warped = shifted.slab(anatomy, warp, warp_slice(anatomy, warp, align_slice(warp, placed)))
         image_HW, label_HW = warped.image_HW, _class_map(warped, recipe.structures)
+        targets: dict[str, int] = {}
         if lesion is not None:
             image_HW, lesion_HW = insert_lesion(warped, lesion)
             label_HW = lesion_HW.numpy().astype(np.uint8)
-        yield _Example(
-            image_HW=SCANNERS[site.scanner].acquire(image_HW, generator),
+        if recipe.kind == "brain-lesions":
+            targets, label_HW = shifted.finding(lesion, label_HW, index=index)
+        else:
+            label_HW = shifted.structures(label_HW, recipe.structures, index=index)
+        yield Example(
+            image_HW=shifted.acquire(SCANNERS[site.scanner], image_HW, generator, index=index),
             label_HW=label_HW,
             plane=warped.plane,
-            targets=lesion_targets(lesion) if recipe.kind == "brain-lesions" else {},
+            columns={**targets, **attributes},
         )
 
 
@@ -306,7 +382,7 @@ def _class_map(warped: WarpedSlice, structures: tuple[str, ...]) -> npt.NDArray[
 
 
 def _write_example(
-    folder: Path, patient_id: str, index: int, split: str, example: _Example, kind: str
+    folder: Path, patient_id: str, index: int, split: str, example: Example, kind: str
 ) -> dict[str, str | int]:
     """The manifest row of an image, after its two files are written."""
     name = f"{patient_id}-{index}.nii.gz"
@@ -315,7 +391,7 @@ def _write_example(
     _write_nifti(folder / "labels" / name, example.label_HW, example.plane, slope=1.0)
     row: dict[str, str | int] = {"image": f"images/{name}", "patient_id": patient_id, "split": split}
     mask_column = "label" if kind == "brain-structures" else "lesion_mask"
-    return {**row, **example.targets, mask_column: f"labels/{name}"}
+    return {**row, **example.columns, mask_column: f"labels/{name}"}
 
 
 def _write_nifti(path: Path, pixels_HW: npt.NDArray[np.uint8], plane: SlicePlane, *, slope: float) -> None:

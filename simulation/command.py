@@ -46,6 +46,10 @@ def simulate(
     no_baselines: Annotated[
         bool, typer.Option("--no-baselines", help="Leave out the local-only and pooled arms.")
     ] = False,
+    show_cohort: Annotated[
+        bool,
+        typer.Option("--show-cohort", help="Draw what the sites hold, measure how far apart they are, train nothing."),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object and nothing else.")
     ] = False,
@@ -62,9 +66,17 @@ def simulate(
 
       medfed simulate study.toml --no-baselines --json > result.json
 
+      medfed simulate study.toml --show-cohort
+
       medfed simulate --resume runs/brain-structures-20260101-120000
     """
     from rich.console import Console
+
+    if show_cohort:
+        if study is None:
+            raise typer.BadParameter("needs a study file", param_hint="--show-cohort")
+        _show_cohort(study, out, device or "auto", as_json=as_json, quiet=quiet)
+        return
 
     from simulation.harness import simulate as run_study
 
@@ -103,6 +115,32 @@ def _run(work: Callable[[Reporter], Run], console: Console) -> Run:
     how = f"go on with: medfed simulate --resume {folder}" if folder else "nothing was trained yet"
     typer.echo(f"medfed: stopped; {how}", err=True)
     sys.exit(INTERRUPTED)
+
+
+def _show_cohort(study: Path, out: Path, device: _Device, *, as_json: bool, quiet: bool) -> None:
+    """Draw and measure the cohorts, and say where that is."""
+    from rich.console import Console
+
+    from simulation.progress import bar
+    from simulation.shift.cohort_view import show_cohort
+
+    with contextlib.redirect_stdout(sys.stderr), bar(Console(stderr=True, quiet=quiet or as_json)) as reporter:
+        view = show_cohort(study, out=out, device=device, reporter=reporter)
+    if as_json:
+        typer.echo(view.measured.read_text(encoding="utf-8"), nl=False)
+        return
+    if quiet:
+        typer.echo(str(view.folder))
+        return
+    console = Console()
+    for (first, second), found in view.pairs.items():
+        console.print(
+            f"{first} and {second}: MMD² {found.mmd_squared:.3f}, p {found.p_value:.3f}", markup=False, highlight=False
+        )
+    console.print(view.provenance, markup=False, highlight=False)
+    for what, place in (("cohort", view.figure), ("shift", view.matrix), ("numbers", view.measured)):
+        if place is not None:
+            console.print(f"{what:<8} {place}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _show(run: Run, console: Console) -> None:

@@ -19,12 +19,13 @@ from pydantic import ValidationError
 from client.data import refuse_shared_patients
 from client.policy import Budget, SitePolicy
 from client.round_start import own_state
-from client.site import SITES_VARIABLE, Site, VirtualSite, VirtualSites, forget_sites, site_of_partition
+from client.site import SITES_VARIABLE, LaterData, Site, VirtualSite, VirtualSites, forget_sites, site_of_partition
 from medfed.device import DeviceChoice, choose_device
 from medfed.errors import CheckpointError, StudyError
 from medfed.models.adapted import AdaptedModel, adapted_model
 from medfed.models.adapted import resolve as resolve_study
 from medfed.models.folding import ModelState
+from medfed.shift_profile import ShiftProfile
 from medfed.signing import create_key
 from medfed.study import FEDERATED, POOLED_SITE, StudyConfig, read_study
 from medfed.tasks import task_of
@@ -34,7 +35,7 @@ from server.checkpoint import read_checkpoint, write_durably
 from server.report import write_report
 from server.results import Results
 from simulation.arms import Arm, arms_of
-from simulation.cohort import STATEMENT, CohortRecipe, SiteRecipe, write_cohort
+from simulation.cohort import STATEMENT, CohortRecipe, SiteRecipe, drifted, write_cohort
 from simulation.identities import store_identities, with_identities
 from simulation.inspection import inspect_sites
 from simulation.overlays import draw_overlays
@@ -52,6 +53,8 @@ from simulation.run_folder import (
     stored_options,
     stored_study,
 )
+from simulation.shift.availability import attendance
+from simulation.shift.study_shift import prevalence, shifts_of
 from simulation.summary import compare
 from strategies.registry import check_name, strategy_of
 from strategies.shared_model import shared_state
@@ -121,17 +124,27 @@ def simulate(
     model = adapted_model(resolved, chosen)
     strategy_of(resolved)  # what does not go together is refused before anything is made
 
-    manifests, provenance = _manifests(resolved, reporter)
+    shifts = shifts_of(resolved)
+    missing = attendance(resolved, shifts)
+    if missing and options.engine == "ray":
+        raise StudyError("Expected engine in-process for a study with shift.availability, got ray; change the engine.")
+    manifests, provenance = cohort_manifests(resolved, reporter)
     if resume is None:
         folder = new_run_folder(Path(out), resolved.name)
         store_study(folder, resolved)
         store_identities(folder / "identities", identities)
     reporter.folder(folder)
-    sites = _open_sites(folder, resolved, manifests, options.device)
+    sites = _open_sites(folder, resolved, manifests, shifts, options.device)
     reporter.stage("reading cohorts")
-    cohorts = {site.name: site.cohort(resolved, model.pixels) for site in sites}
-    refuse_shared_patients({name: cohort for name, cohort in cohorts.items() if name != POOLED_SITE})
-    digests = {name: cohort.digest for name, cohort in cohorts.items()}
+    stages = sorted({0, *(shift.drift.from_round for shift in shifts.values() if shift.drift)}, reverse=True)
+    digests: dict[str, str] = {}
+    for stage in stages:  # the first last: it is what the round loop begins with
+        for site in sites:
+            site.turn_to(stage)
+        cohorts = {site.name: site.cohort(resolved, model.pixels) for site in sites}
+        refuse_shared_patients({name: cohort for name, cohort in cohorts.items() if name != POOLED_SITE})
+        suffix = f":{stage}" if stage else ""
+        digests |= {f"{name}{suffix}": cohort.digest for name, cohort in cohorts.items()}
     if changed := [name for name, digest in options.cohorts.items() if digests.get(name) != digest]:
         raise CheckpointError(
             f"Expected the data that the run was started on, got other data at {changed[0]!r}; "
@@ -148,9 +161,12 @@ def simulate(
         num_workers=worker_count(workers, chosen.type, len(sites)),
         engine=options.engine,
         reporter=reporter,
+        missing=missing,
     )
 
     reporter.stage("writing report")
+    for site in sites:
+        site.turn_to(resolved.rounds.num_rounds)
     summary = _write_results(folder, resolved, arms, sites, model, provenance, started_s)
     return Run(folder, summary)
 
@@ -169,7 +185,7 @@ def _options(asked: Mapping[str, Any], stored: RunOptions | None) -> RunOptions:
     return stored
 
 
-def _manifests(study: StudyConfig, reporter: Reporter) -> tuple[dict[str, Path], str]:
+def cohort_manifests(study: StudyConfig, reporter: Reporter) -> tuple[dict[str, Path], str]:
     """Manifest of every site, and where the images come from; makes a simulated cohort if needed."""
     if study.is_for_hospitals:
         raise StudyError(
@@ -180,8 +196,7 @@ def _manifests(study: StudyConfig, reporter: Reporter) -> tuple[dict[str, Path],
         found = {site.name: site.data for site in study.sites if site.data is not None}
         return found, OWN_DATA
     recipe = recipe_of(study)
-    num_patients = sum(site.train_patients + site.test_patients for site in recipe.sites)
-    reporter.start("making virtual patients", num_patients)
+    reporter.start("making virtual patients", recipe.num_patients)
     manifests = write_cohort(
         recipe, cache_folder() / "cohorts" / recipe.digest[:32], progress=lambda _done: reporter.step()
     )
@@ -191,6 +206,7 @@ def _manifests(study: StudyConfig, reporter: Reporter) -> tuple[dict[str, Path],
 def recipe_of(study: StudyConfig) -> CohortRecipe:
     """The recipe of a simulated study's cohort."""
     assert study.cohort is not None
+    shifts = shifts_of(study)
     try:
         return CohortRecipe(
             kind=study.cohort.kind,
@@ -198,7 +214,14 @@ def recipe_of(study: StudyConfig) -> CohortRecipe:
             structures=study.task.classes if study.task.kind == "segmentation" else (),
             images_per_patient=study.cohort.images_per_patient,
             sites=tuple(
-                SiteRecipe(**site.model_dump(exclude={"data", "signing_key"}, exclude_none=True))
+                SiteRecipe(
+                    name=site.name,
+                    scanner=site.scanner or "",
+                    train_patients=site.train_patients or 0,
+                    test_patients=site.test_patients or 0,
+                    lesion_prevalence=prevalence(study, site.name, shifts.get(site.name)),
+                    shift=shifts.get(site.name),
+                )
                 for site in study.sites
             ),
         )
@@ -207,11 +230,36 @@ def recipe_of(study: StudyConfig) -> CohortRecipe:
         raise StudyError(f"sites: {str(first['msg']).removeprefix('Value error, ')}") from None
 
 
-def _open_sites(folder: Path, study: StudyConfig, manifests: Mapping[str, Path], device: str) -> list[Site]:
+def _virtual(
+    study: StudyConfig, manifests: Mapping[str, Path], shifts: Mapping[str, ShiftProfile]
+) -> list[VirtualSite]:
+    """The virtual sites and, if there are several, the pooled one; with what they hold once scanners are replaced."""
+    drifts = {name: shift.drift.from_round for name, shift in shifts.items() if shift.drift}
+
+    def held(names: tuple[str, ...], round_number: int) -> tuple[Path, ...]:
+        return tuple(
+            drifted(manifests[name]) if round_number >= drifts.get(name, round_number + 1) else manifests[name]
+            for name in names
+        )
+
+    def site(name: str, names: tuple[str, ...]) -> VirtualSite:
+        rounds = sorted({drifts[one] for one in names if one in drifts})
+        later = tuple(LaterData(from_round=number, manifests=held(names, number)) for number in rounds)
+        return VirtualSite(name=name, manifests=held(names, 0), later=later)
+
+    virtual = [site(name, (name,)) for name in study.site_names]
+    return [*virtual, site(POOLED_SITE, study.site_names)] if len(virtual) > 1 else virtual
+
+
+def _open_sites(
+    folder: Path,
+    study: StudyConfig,
+    manifests: Mapping[str, Path],
+    shifts: Mapping[str, ShiftProfile],
+    device: str,
+) -> list[Site]:
     """Describe the virtual sites in the run folder, and open them in this process."""
-    virtual = [VirtualSite(name=name, manifests=(manifests[name],)) for name in study.site_names]
-    if len(virtual) > 1:
-        virtual.append(VirtualSite(name=POOLED_SITE, manifests=tuple(manifests[n] for n in study.site_names)))
+    virtual = _virtual(study, manifests, shifts)
     described = VirtualSites.model_validate(
         {
             "device": device,

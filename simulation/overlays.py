@@ -39,7 +39,7 @@ _MARGIN_PX = 14
 _BLACK, _WHITE = "#000000", "#e8e8e8"
 _RIGHT, _WRONG = "#6fd08c", "#ff8c8c"
 # Okabe and Ito 2008, in the order in which they are brightest on grey tissue.
-_COLOURS = ("#e69f00", "#56b4e9", "#f0e442", "#cc79a7", "#009e73", "#d55e00", "#4d8fd6")
+COLOURS = ("#e69f00", "#56b4e9", "#f0e442", "#cc79a7", "#009e73", "#d55e00", "#4d8fd6")
 
 _Image = npt.NDArray[np.float32]
 _Mask = npt.NDArray[np.bool_]
@@ -84,7 +84,7 @@ def draw_overlays(
 def _draw_site(study: StudyConfig, site: Site, model: AdaptedModel, final: ModelState) -> tuple[bytes, str] | None:
     """A PNG and what it shows; None if no held-out image of the site has something to show."""
     held_out = site.cohort(study, model.pixels).test
-    upright = _Upright(study, site)
+    upright = Upright(study, site.manifests[0])
     if isinstance(study.task, ClassificationConfig):
         items = held_out[:_MAX_CLASSIFIED]
         return _draw_classified(study.task, items, site, model, final, upright), (
@@ -105,7 +105,7 @@ def _draw_segmented(
     site: Site,
     model: AdaptedModel,
     final: ModelState,
-    upright: _Upright,
+    upright: Upright,
 ) -> bytes:
     from matplotlib.patches import Patch, Rectangle
 
@@ -138,7 +138,7 @@ def _draw_segmented(
         labelcolor=_WHITE,
         fontsize=9,
     )
-    return _png(figure)
+    return packed_png(figure)
 
 
 def _segment(
@@ -160,7 +160,7 @@ def _draw_classified(
     site: Site,
     model: AdaptedModel,
     final: ModelState,
-    upright: _Upright,
+    upright: Upright,
 ) -> bytes:
     model.put(final)
     with torch.no_grad():
@@ -190,7 +190,7 @@ def _draw_classified(
                 color=_RIGHT if truth == guess else _WRONG,
                 parse_math=False,
             )
-    return _png(figure)
+    return packed_png(figure)
 
 
 def displayable(image_CHW: Tensor, pixels: PixelSpec) -> _Image:
@@ -208,20 +208,21 @@ def displayable(image_CHW: Tensor, pixels: PixelSpec) -> _Image:
     return levels
 
 
-class _Upright:
+class Upright:
     """Turns arrays as they were read into rows by columns as people look at them.
 
     A simulated cohort holds them that way, and so do all formats of a user's own files but NIfTI: there the
     axes are [x, y], and y usually runs upwards on the screen. Orientation matters for the picture alone.
     """
 
-    def __init__(self, study: StudyConfig, site: Site) -> None:
+    def __init__(self, study: StudyConfig, manifest: Path) -> None:
         own = study.cohort is None
-        with site.manifests[0].open(newline="", encoding="utf-8-sig") as file:
+        with manifest.open(newline="", encoding="utf-8-sig") as file:
             name = next(csv.DictReader(file))["image"].strip() if own else ""
         self._is_nifti = name.endswith((".nii", ".nii.gz"))
 
     def __call__(self, array_HW: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The array as people look at it."""
         return array_HW.T[::-1] if self._is_nifti else array_HW
 
 
@@ -239,7 +240,7 @@ def _region(mask_HW: _Mask) -> tuple[slice, slice]:
 
 
 def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
+    return COLOURS[index % len(COLOURS)]
 
 
 def _figure(*, height_in: float, layout: Literal["constrained"] | None = "constrained") -> Any:
@@ -267,7 +268,7 @@ def _outline(axes: Any, mask_HW: _Mask, colour: str) -> None:
         axes.contour(mask_HW.astype(np.float32), levels=[0.5], colors=[colour], linewidths=1.1)
 
 
-def _png(figure: Any) -> bytes:
+def packed_png(figure: Any) -> bytes:
     """The figure as a PNG of 256 colours: a quarter of the size, and no difference to see on grey images."""
     from PIL import Image
 
@@ -281,4 +282,6 @@ def _png(figure: Any) -> bytes:
 def _whose(study: StudyConfig, site: SiteConfig) -> str:
     if study.cohort is None:
         return f"Held-out patient of site {site.name}, from the user's own data"
-    return f"Virtual patient of site {site.name}, scanner {site.scanner}; the patient's left is on the right"
+    drift = site.shift.drift if site.shift else None
+    scanner = drift.scanner if drift else site.scanner  # the last, as pictures are of the last round
+    return f"Virtual patient of site {site.name}, scanner {scanner}; the patient's left is on the right"

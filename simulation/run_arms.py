@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -13,15 +14,18 @@ import torch
 from client.app import app as client_app
 from client.data import Cohort
 from medfed.messages import RECORD_KEY, RoundReply
-from medfed.study import StudyConfig
+from medfed.study import FEDERATED, StudyConfig
 from server.app import app as server_app
 from server.checkpoint import read_checkpoint
 from simulation.arms import Arm
-from simulation.grid import InProcessGrid
+from simulation.grid import FIRST_NODE_ID, InProcessGrid
 from simulation.progress import Reporter
+from simulation.shift.availability import Attendance
+from simulation.shift.unreliable_grid import UnreliableGrid
 
 # isort: split
 from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
 
 Engine = Literal["in-process", "ray"]
 
@@ -45,6 +49,7 @@ def run_arms(
     num_workers: int,
     engine: Engine,
     reporter: Reporter,
+    missing: Attendance = MappingProxyType({}),
 ) -> None:
     """Run every arm to its end, from its checkpoint if it has one.
 
@@ -59,15 +64,16 @@ def run_arms(
         num_workers: 0 for this process.
         engine: where the federated arm runs.
         reporter: is told of every image a site reports.
+        missing: who is missing from which round of the federated arm; not on Ray.
 
     Raises:
         RoundError: of the first arm that fails; the others are stopped after their running messages, and
             all can be resumed.
     """
-    reporter.start("encoding and training", _images_to_go(arms, study, folder, cohorts))
+    reporter.start("encoding and training", _images_to_go(arms, study, folder, cohorts, missing))
     _warm_up_optimizers()
     here = [arm for arm in arms if engine == "in-process" or arm.scope != "federated"]
-    _run_in_process(here, study, folder, len(cohorts), num_workers, reporter)
+    _run_in_process(here, study, folder, tuple(cohorts), num_workers, reporter, missing)
     for arm in (arm for arm in arms if arm not in here):
         from simulation.ray_engine import run_on_ray
 
@@ -83,7 +89,13 @@ def run_arms(
 
 
 def _run_in_process(
-    arms: list[Arm], study: StudyConfig, folder: Path, num_nodes: int, num_workers: int, reporter: Reporter
+    arms: list[Arm],
+    study: StudyConfig,
+    folder: Path,
+    site_names: tuple[str, ...],
+    num_workers: int,
+    reporter: Reporter,
+    missing: Attendance,
 ) -> None:
     def count(reply: Message) -> None:
         if not reply.has_error():
@@ -93,12 +105,17 @@ def _run_in_process(
     def run(arm: Arm) -> None:
         config = arm.run_config(study, folder)
         server_app(
-            grid=grid,
+            grid=_seen_by(arm),
             context=Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config),
         )
 
+    def _seen_by(arm: Arm) -> Grid:
+        if not missing or arm.scope != FEDERATED:
+            return grid
+        return UnreliableGrid(grid, site_of=dict(enumerate(site_names, start=FIRST_NODE_ID)), missing=missing)
+
     with InProcessGrid(
-        client_app, node_configs=[{}] * num_nodes, run_config={}, workers=num_workers, on_reply=count
+        client_app, node_configs=[{}] * len(site_names), run_config={}, workers=num_workers, on_reply=count
     ) as grid:
         grid.start()
         if num_workers == 0:
@@ -116,7 +133,9 @@ def _run_in_process(
                 raise
 
 
-def _images_to_go(arms: list[Arm], study: StudyConfig, folder: Path, cohorts: Mapping[str, Cohort]) -> int:
+def _images_to_go(
+    arms: list[Arm], study: StudyConfig, folder: Path, cohorts: Mapping[str, Cohort], missing: Attendance
+) -> int:
     """Images that sites will still report, for the progress bar."""
     every = study.rounds.evaluate_every
     total = 0
@@ -131,6 +150,8 @@ def _images_to_go(arms: list[Arm], study: StudyConfig, folder: Path, cohorts: Ma
         weights = {name: study.declared_units(name) or len(cohort.train) for name, cohort in cohorts.items()}
         total += sum(weights.values())  # every node describes itself
         total += len(rounds) * sum(weights[name] for name in arm.train_sites)
+        if arm.scope == FEDERATED:
+            total -= sum(weights[site] for (r, site), why in missing.items() if r in rounds and why == "away")
         total += evaluations * sum(len(cohorts[name].test) for name in arm.evaluate_sites)
     return total
 

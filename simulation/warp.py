@@ -26,7 +26,7 @@ from simulation.anatomy import Anatomy, Plane
 _GRID_SPACING_MM = 6.0
 _GRID_ORIGIN_XYZ_MM = (-96.0, -132.0, -84.0)
 _GRID_SHAPE_DHW = (31, 39, 33)
-_BRAIN_CENTRE_XYZ_MM = (0.0, -17.0, 8.0)
+BRAIN_CENTRE_XYZ_MM = (0.0, -17.0, 8.0)
 
 # (width of the Gaussian, root mean square velocity per axis), both in mm: overall shape, then folds and
 # ventricles. Adults differ from the template by displacements of this order (a few mm, locally up to 10 mm).
@@ -36,7 +36,7 @@ _SCALE_SD = 0.035
 _TRANSLATION_SD_MM = 2.0
 _LARGEST_DRAW_SD = 2.0  # affine parameters beyond this many standard deviations are cut to it
 _SQUARINGS = 5
-_SMALLEST_JACOBIAN = 0.15
+SMALLEST_JACOBIAN = 0.15
 
 _DEEP_GREY_RADIUS_MM = 35.0
 _ALIGNMENT_STEPS = 3
@@ -69,10 +69,10 @@ class SlicePlane:
         half_mm = self.pixel_mm * (self.image_size - 1) / 2
         matrix = np.zeros((4, 4))
         matrix[0, 1] = -self.pixel_mm
-        matrix[0, 3] = _BRAIN_CENTRE_XYZ_MM[0] + half_mm
+        matrix[0, 3] = BRAIN_CENTRE_XYZ_MM[0] + half_mm
         down, through = (1, 2) if self.plane == "axial" else (2, 1)
         matrix[down, 0] = -self.pixel_mm
-        matrix[down, 3] = _BRAIN_CENTRE_XYZ_MM[down] + half_mm
+        matrix[down, 3] = BRAIN_CENTRE_XYZ_MM[down] + half_mm
         matrix[through, 2] = self.pixel_mm
         matrix[through, 3] = self.position_mm
         matrix[3, 3] = 1.0
@@ -155,7 +155,7 @@ def sample_patient_warp(generator: np.random.Generator) -> PatientWarp:
     velocity_3DHW = _sample_velocity(generator)
     while True:
         warp = PatientWarp(matrix_34, integrate_velocity(velocity_3DHW))
-        if float(warp.jacobian_determinant().min()) > _SMALLEST_JACOBIAN:
+        if float(warp.jacobian_determinant().min()) > SMALLEST_JACOBIAN:
             return warp
         velocity_3DHW = velocity_3DHW * 0.8
 
@@ -169,7 +169,7 @@ def integrate_velocity(velocity_3DHW: Tensor) -> Tensor:
     Returns:
         Displacement in mm, same shape. Zero velocity gives zero displacement.
     """
-    nodes_DHW3 = _grid_points()
+    nodes_DHW3 = grid_points_mm()
     displacement_3DHW: Tensor = velocity_3DHW / 2**_SQUARINGS
     for _ in range(_SQUARINGS):
         moved_DHW3 = nodes_DHW3 + displacement_3DHW.movedim(0, -1)
@@ -251,7 +251,8 @@ def _displacement_at(displacement_3DHW: Tensor, points_mm: Tensor) -> Tensor:
     return values_1311N[0, :, 0, 0].T.reshape(points_mm.shape)
 
 
-def _grid_points() -> Tensor:
+def grid_points_mm() -> Tensor:
+    """Positions of the nodes of the coarse grid; float32 [D, H, W, 3]."""
     axes_xyz = [
         origin + _GRID_SPACING_MM * torch.arange(size)
         for origin, size in zip(_GRID_ORIGIN_XYZ_MM, reversed(_GRID_SHAPE_DHW), strict=True)
@@ -278,7 +279,7 @@ def _sample_affine(generator: np.random.Generator) -> npt.NDArray[np.float64]:
         turn[[first, second], [first, second]] = np.cos(angle)
         turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
         linear = turn @ linear
-    centre = np.array(_BRAIN_CENTRE_XYZ_MM)
+    centre = np.array(BRAIN_CENTRE_XYZ_MM)
     offset = centre + _TRANSLATION_SD_MM * translation - linear @ centre
     return np.column_stack([linear, offset])
 

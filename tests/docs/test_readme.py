@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medfed.study import StudyConfig
+from medfed.study import StudyConfig, read_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -62,6 +62,6 @@ def test_examples_name_the_weights_that_the_packages_ship() -> None:
     from medfed.models.registry import backbone_of
 
     for path in (ROOT / "examples").glob("*.toml"):
-        study = StudyConfig.model_validate(tomllib.loads(path.read_text()))
+        study = read_study(path)
         entry = backbone_of(study.backbone)
         assert entry.target_expression(study.adapter.targets)
