@@ -83,7 +83,7 @@ def test_every_command_in_the_text_exists(page: Path) -> None:
 
 
 def test_command_of_another_role_joins_the_group() -> None:
-    assert commands()["study"] == {"validate", "digest", "plan"}
+    assert commands()["study"] == {"validate", "digest", "plan", "sign"}
     names = {entry.name for entry in distribution("medfed").entry_points.select(group="medfed.commands")}
     assert "study.plan" in names
     assert "study.plan" not in commands()
