@@ -10,6 +10,8 @@ column             meaning
 ``split``          ``train`` or ``test``; all images of a patient are in one split
 ``label``          segmentation: label map of the image's size, 0 = background, i + 1 = class i
 one per target     classification: class index
+``lesion_mask``    classification, optional: file of an expert's outline, above 0 inside; saliency is held to it
+``attribute_...``  optional: the group that the patient belongs to, such as ``attribute_sex``; may be empty
 =================  ============================================================================
 
 Other columns are ignored. A manifest that breaks a rule is refused as a whole, with the row and what to
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from client.spacing import Spacing, pixel_spacing_mm
 from medfed.canonical import canonical_bytes, sha256_hex
 from medfed.errors import DataError
 from medfed.models.pixels import PixelSpec
@@ -38,6 +41,12 @@ from medfed.study_sections import ClassificationConfig, SegmentationConfig
 from medfed.tasks.segmentation import annotate
 
 Split = Literal["train", "test"]
+
+ATTRIBUTE_PREFIX = "attribute_"
+"""Of the columns that say which group a patient belongs to."""
+
+EXPERT_MASK = "lesion_mask"
+"""The column with an expert's outline of what a classifier should look at."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,9 @@ class Item:
         annotation: what the task's ``collate`` takes.
         image_digest: SHA-256 of the image file.
         reference_digest: SHA-256 of the label file, or of the class indices.
+        spacing_mm: height and width of a pixel of the preprocessed image; None where it is not known.
+        expert_mask: file of an expert's outline, for a classification task; None where there is none.
+        attributes: attribute -> group of the patient; a group that is not known is not there.
     """
 
     patient_id: str
@@ -59,6 +71,9 @@ class Item:
     annotation: Any
     image_digest: str
     reference_digest: str
+    spacing_mm: Spacing | None = None
+    expert_mask: Path | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,6 +163,8 @@ class _Row:
     split: Split
     label: Path | None
     targets: dict[str, int]
+    expert_mask: Path | None
+    attributes: dict[str, str]
 
 
 def _read_manifest(manifest: Path, task: SegmentationConfig | ClassificationConfig) -> list[_Row]:
@@ -200,6 +217,12 @@ def _read_row(
         split="train" if split == "train" else "test",
         label=file("label") if isinstance(task, SegmentationConfig) else None,
         targets=targets,
+        expert_mask=file(EXPERT_MASK) if isinstance(task, ClassificationConfig) and row.get(EXPERT_MASK) else None,
+        attributes={
+            column.removeprefix(ATTRIBUTE_PREFIX): value.strip()
+            for column, value in row.items()
+            if column and column.startswith(ATTRIBUTE_PREFIX) and value and value.strip()
+        },
     )
 
 
@@ -244,7 +267,38 @@ def _read_item(row: _Row, site_id: str, task: SegmentationConfig | Classificatio
         annotation=annotation,
         image_digest=sha256_hex(row.image.read_bytes()),
         reference_digest=sha256_hex(reference),
+        spacing_mm=_resized_spacing(pixel_spacing_mm(row.image), image_CHW.shape, array.shape),
+        expert_mask=row.expert_mask,
+        attributes=row.attributes,
     )
+
+
+def _resized_spacing(spacing: Spacing | None, after: Sequence[int], before: Sequence[int]) -> Spacing | None:
+    """Spacing once an image of one shape was resized to another; None for what is no 2-D image of one channel."""
+    if spacing is None or len(before) != 2 or len(after) != 3:
+        return None
+    return spacing[0] * before[0] / after[1], spacing[1] * before[1] / after[2]
+
+
+def read_expert_mask(item: Item) -> np.ndarray | None:
+    """The expert's outline of an image, bool, at the size of the preprocessed image; None where there is none.
+
+    Raises:
+        DataError: if the file cannot be read or is no 2-D mask.
+    """
+    if item.expert_mask is None:
+        return None
+    mask_HW = _read_array(item.expert_mask, str(item.expert_mask)) > 0
+    if mask_HW.ndim != 2:
+        raise DataError(
+            f"Expected a 2-D mask at {item.expert_mask}, got shape {list(mask_HW.shape)}; export 2-D files."
+        )
+    size = tuple(item.image_CHW.shape[-2:])
+    if mask_HW.shape != size:
+        from monai.transforms import Resize
+
+        mask_HW = np.asarray(Resize(size, mode="nearest-exact")(mask_HW[None].astype(np.float32)))[0] > 0
+    return mask_HW
 
 
 def _read_array(path: Path, where: str) -> np.ndarray:

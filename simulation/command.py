@@ -46,6 +46,10 @@ def simulate(
     no_baselines: Annotated[
         bool, typer.Option("--no-baselines", help="Leave out the local-only and pooled arms.")
     ] = False,
+    leave_one_out: Annotated[
+        bool,
+        typer.Option("--leave-one-out", help="Also train a federation without each site, and try it on that site."),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object and nothing else.")
     ] = False,
@@ -77,6 +81,7 @@ def simulate(
             workers=workers,
             device=device,
             baselines=False if no_baselines else None,
+            leave_one_out=True if leave_one_out else None,
             reporter=reporter,
         )
 
