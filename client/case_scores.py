@@ -2,7 +2,7 @@
 
 They stay at the site: what is computed from them may leave, and only as the study says.
 
-Legend: N cases, K classes of a target, D features of an image.
+Legend: B images, N cases, D features of an image.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ def case_scores(
     state: ModelState,
     features: FeatureCache,
     batch_size: int,
+    with_distances: bool = True,
 ) -> CaseScores:
     """How a state of the model does on each case, without augmentation; the same numbers as training reports.
+
+    Surface distances take time; without them they are NaN.
 
     Raises:
         AdapterMismatchError: if the state's adapter does not fit.
@@ -50,19 +53,8 @@ def case_scores(
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     with torch.no_grad(), mixed_precision(model.device):
         if isinstance(task, SegmentationConfig):
-            return _outlined(model, SegmentationTask(task), items, batches, features)
+            return _outlined(model, SegmentationTask(task), items, batches, features, with_distances)
         return _classified(model, ClassificationTask(task), items, batches, features)
-
-
-def pooled_embeddings(
-    model: AdaptedModel, items: Sequence[Item], *, state: ModelState, features: FeatureCache
-) -> NDArray[np.float64]:
-    """The embedding that the task's head reads, averaged over positions where it has any, [N, D]."""
-    model.put(state)
-    model.train(False)
-    with torch.no_grad(), mixed_precision(model.device):
-        rows = [_without_positions(model.embed(features.batch([item], model)))[0] for item in items]
-    return np.array([row.double().cpu().numpy() for row in rows])
 
 
 def _outlined(
@@ -71,17 +63,24 @@ def _outlined(
     items: Sequence[Item],
     batches: Sequence[Sequence[Item]],
     features: FeatureCache,
+    with_distances: bool,
 ) -> OutlineScores:
     unit: Literal["mm", "px"] = "mm" if all(item.spacing_mm for item in items) else "px"
     columns: list[tuple[NDArray[Any], ...]] = []
+    embeddings: list[Tensor] = []
     for batch in batches:
         target = task.collate([item.annotation for item in batch], model.device)
-        predicted_NHW = task.logits(model, features.batch(batch, model), target) > 0
+        embedding = model.embed(features.batch(batch, model))
+        embeddings.append(_without_positions(embedding))
+        predicted_NHW = model.backbone.decode(embedding, target.box_N4, target.owner_N) > 0
         dice_N = dice_score(predicted_NHW, target.mask_NHW)
         for index, item in enumerate(batch):
             own = target.owner_N == index
             spacing = item.spacing_mm if unit == "mm" and item.spacing_mm else (1.0, 1.0)
-            distances = surface_distances(predicted_NHW[own], target.mask_NHW[own], spacing=spacing)
+            unknown_N = np.full(int(own.sum()), np.nan)
+            distances = (unknown_N, unknown_N)
+            if with_distances:
+                distances = surface_distances(predicted_NHW[own], target.mask_NHW[own], spacing=spacing)
             columns.append((target.class_N[own].cpu().numpy(), dice_N[own].double().cpu().numpy(), *distances))
     rows_of_item = [len(class_N) for class_N, *_ in columns]
     class_N, dice_N64, hd95_N, average_N = (
@@ -97,6 +96,7 @@ def _outlined(
         hd95_N=hd95_N,
         surface_distance_N=average_N,
         attributes=_attributes(items, rows_of_item),
+        embedding_BD=_joined(embeddings),
     )
 
 
@@ -108,8 +108,11 @@ def _classified(
     features: FeatureCache,
 ) -> ClassScores:
     logits: dict[str, list[Tensor]] = {name: [] for name in task.targets}
+    embeddings: list[Tensor] = []
     for batch in batches:
-        of_target = model.backbone.classify(model.embed(features.batch(batch, model)))
+        embedding = model.embed(features.batch(batch, model))
+        embeddings.append(_without_positions(embedding))
+        of_target = model.backbone.classify(embedding)
         for name in task.targets:
             logits[name].append(of_target[name].double().cpu())
     return ClassScores(
@@ -119,6 +122,7 @@ def _classified(
         logits={name: torch.cat(parts).numpy() for name, parts in logits.items()},
         truth={name: np.array([item.annotation[name] for item in items], dtype=np.int64) for name in task.targets},
         attributes=_attributes(items, [1] * len(items)),
+        embedding_BD=_joined(embeddings),
     )
 
 
@@ -136,6 +140,10 @@ def _attributes(items: Sequence[Item], rows_of_item: Sequence[int]) -> dict[str,
             yield from [item.attributes.get(name, "")] * rows
 
     return {name: tuple(groups(name)) for name in names}
+
+
+def _joined(embeddings: Sequence[Tensor]) -> NDArray[np.float64]:
+    return np.asarray(torch.cat(list(embeddings)).double().cpu().numpy())
 
 
 def _without_positions(embedding: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """What a simulation measures once training is over, looking at every virtual site directly.
 
 Only somebody who holds all sites can: intervals need cases, and a consortium releases sums. Nothing is measured where
-the study withholds held-out metrics, even from whoever simulates.
+the study withholds or noises held-out metrics, even from whoever simulates.
 
 Legend: R rows of weights (the cohort and its resamples), U patients of a site.
 """
@@ -18,9 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from client.case_scores import CaseScores, case_scores, pooled_embeddings
+from client.case_scores import CaseScores, case_scores
 from client.data import Item
 from client.site import Site
 from medfed.canonical import derive_seed
@@ -93,9 +92,9 @@ def evaluate_run(
         num_workers: processes that predict, forked from this one; 0 for this process. The result is the same.
 
     Returns:
-        None, and no file, where the study withholds held-out metrics.
+        None, and no file, where the study withholds or noises held-out metrics.
     """
-    if study.withholds_evaluation:
+    if not study.shows_held_out:
         return None
     started_s = time.monotonic()
     before_P = model.read()
@@ -108,7 +107,7 @@ def evaluate_run(
             sites=evaluated,
             over_sites=_over_sites(evaluated),
             groups=group_fairness([found.scores["federated"] for found in scored.values()]),
-            embedding=_embedding(study, own, model, state_of),
+            embedding=_embedding(list(scored.values())),
             saliency=saliency_of(study, own, model, state_of),
             seconds=round(time.monotonic() - started_s, 1),
         )
@@ -262,22 +261,14 @@ def _over_sites(sites: Mapping[str, SiteEvaluation]) -> dict[str, dict[Evaluated
     return found
 
 
-def _embedding(study: StudyConfig, sites: Sequence[Site], model: AdaptedModel, state_of: StateOf) -> Embedding | None:
+def _embedding(scored: Sequence[SiteScores]) -> Embedding | None:
     """Effective rank over the held-out images of all sites; of each site's own model where sites differ."""
     columns: tuple[EvaluatedColumn, ...] = ("zero_shot", "federated", "pooled")
     rank: dict[EvaluatedColumn, float] = {}
-    feature_ND: NDArray[np.float64] | None = None
     for column in columns:
-        rows = [
-            pooled_embeddings(model, site.cohort(study, model.pixels).test, state=state, features=site.features)
-            for site in sites
-            if (state := state_of(column, site)) is not None
-        ]
-        if len(rows) != len(sites):
-            continue
-        feature_ND = np.concatenate(rows)
-        if not math.isnan(value := effective_rank(feature_ND)):
-            rank[column] = value
-    if feature_ND is None or not rank:
-        return None
-    return Embedding(images=feature_ND.shape[0], features=feature_ND.shape[1], effective_rank=rank)
+        if all(column in found.scores for found in scored):
+            feature_ND = np.concatenate([found.scores[column].embedding_BD for found in scored])
+            if not math.isnan(value := effective_rank(feature_ND)):
+                rank[column] = value
+    images, features = np.concatenate([found.scores["federated"].embedding_BD for found in scored]).shape
+    return Embedding(images=images, features=features, effective_rank=rank) if rank else None

@@ -243,7 +243,7 @@ def _policy(study: StudyConfig) -> SitePolicy:
     plan = None if study.privacy is None else PrivacyPlan.of_study(study)
     budget = None
     if plan is not None and plan.is_private:
-        twice = [plan.mechanism(study.rounds.num_rounds)] * 2
+        twice = [plan.mechanism(study.rounds.num_rounds), *plan.evaluations] * 2
         budget = Budget(epsilon=epsilon_spent(twice, plan.delta).value, delta=plan.delta, unit=plan.unit)
     return SitePolicy(approved_studies=(study.digest,), minimum_patients=1, allow_unprotected=True, budget=budget)
 
@@ -277,7 +277,7 @@ def _write_results(
         for site in sites:
             if site.name in study.site_names:
                 model.save(folder / "adapters" / site.name, state_of(site))
-    if not study.withholds_evaluation:  # pictures show held-out patients
+    if study.shows_held_out:  # pictures show held-out patients
         draw_overlays(folder / "figures", study, sites, model, state_of)
     states = _states_of_arms(folder, study, arms, model, state_of)
     evaluate_run(folder, study, sites, model, states, num_workers=num_workers)

@@ -44,12 +44,15 @@ def privacy_statement(study: StudyConfig, sites: Sequence[Site]) -> PrivacyState
     spent = {site.name: _site_privacy(study, site, plan) for site in sites if site.name != POOLED_SITE}
     worst = max(spent.values(), key=lambda site: site.epsilon)
     who = {"patient": "each training patient, with all images", "record": "each training image"}[plan.unit]
+    if study.noises_evaluation:
+        who = "each patient, training or held-out, with all images"
     promise = (
         f"Differential privacy for {who}: epsilon {worst.epsilon_shown} at delta {plan.delta:g} at the site that "
         f"spent most, over all rounds, adding or removing one {plan.unit}. {_where_noise_is_added(study)}"
+        f"{' Scores of held-out patients come from noised counts.' if study.noises_evaluation else ''}"
     )
     warnings = [
-        *([] if study.withholds_evaluation else [HELD_OUT]),
+        *([HELD_OUT] if study.shows_held_out else []),
         *([SEEDED] if study.cohort is not None else []),
     ]
     return PrivacyStatement(promise=promise, confidentiality=confidentiality, warnings=tuple(warnings), sites=spent)
@@ -86,6 +89,8 @@ def _confidentiality(study: StudyConfig) -> str:
 def _site_privacy(study: StudyConfig, site: Site, plan: PrivacyPlan) -> SitePrivacy:
     cohort = site.cohort_name("federated")
     spendings = site.ledger.charges(cohort)
+    released = [s for s in spendings if plan.evaluations and s.charge.mechanism == plan.evaluation_mechanism]
+    trained = [s for s in spendings if s not in released]
     declared = study.declared_units(site.name)
     assert declared is not None
     return SitePrivacy(
@@ -94,8 +99,8 @@ def _site_privacy(study: StudyConfig, site: Site, plan: PrivacyPlan) -> SitePriv
         noise_multiplier=plan.noise_multiplier,
         clip_norm=plan.clip_norm,
         sampling_rate=plan.sampling_rate,
-        steps=sum(spending.charge.mechanism.steps for spending in spendings),
-        rounds=len(spendings),
+        steps=sum(spending.charge.mechanism.steps for spending in trained),
+        rounds=len(trained),
         declared_units=declared,
         clip_fraction=_mean_fact(spendings, "clip_fraction"),
         signal_to_noise=_mean_fact(spendings, "signal_to_noise"),

@@ -16,7 +16,7 @@ from medfed.study import StudyConfig
 from medfed.study_sections import ClassificationConfig
 from server.evaluation import EvaluatedColumn, Saliency
 
-MAX_IMAGES_PER_SITE = 12
+MAX_IMAGES_PER_SITE = 6
 """Images with an outlined lesion that are explained at each site: the first ones of its manifest."""
 
 
@@ -37,7 +37,7 @@ def saliency_of(
         outlined += kept[:MAX_IMAGES_PER_SITE]
     pointing: dict[EvaluatedColumn, float] = {}
     mass: dict[EvaluatedColumn, float] = {}
-    columns: tuple[EvaluatedColumn, ...] = ("zero_shot", "federated", "pooled")
+    columns: tuple[EvaluatedColumn, ...] = ("zero_shot", "federated")
     for column in columns:
         hits, shares = [], []
         for site, item, mask_HW in outlined:

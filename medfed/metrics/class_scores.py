@@ -1,6 +1,6 @@
 """The held-out predictions of a site's classifier, and their metrics under resampling of patients.
 
-Legend: R rows of weights, U patients, N images, K classes of a target.
+Legend: R rows of weights, U patients, B or N images, D features, K classes of a target.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class ClassScores:
         logits: target -> logits, [N, K].
         truth: target -> class index, [N].
         attributes: attribute -> group of each row; "" where unknown.
+        embedding_BD: what the task's head read of each image, averaged over positions where it has any.
     """
 
     num_classes: Mapping[str, int]
@@ -40,6 +41,7 @@ class ClassScores:
     logits: Mapping[str, NDArray[np.float64]]
     truth: Mapping[str, NDArray[np.int64]]
     attributes: Mapping[str, tuple[str, ...]]
+    embedding_BD: NDArray[np.float64]
 
     def metrics(self, weight_RU: Weights, temperatures: Mapping[str, float] | None = None) -> dict[str, Values]:
         """Every metric of every target, and its mean over targets, in every row of patients' multiplicities.

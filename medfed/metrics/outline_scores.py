@@ -1,6 +1,6 @@
 """The held-out outlines of a site, and their metrics under resampling of patients.
 
-Legend: R rows of weights, U patients, N structures of images, C classes.
+Legend: R rows of weights, U patients, B images, D features, N structures of images, C classes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class OutlineScores:
         hd95_N: 95th percentile Hausdorff distance; NaN where nothing was outlined.
         surface_distance_N: average symmetric surface distance, likewise.
         attributes: attribute -> group of each row; "" where unknown.
+        embedding_BD: what the task's head read of each image, averaged over positions where it has any.
     """
 
     classes: tuple[str, ...]
@@ -42,6 +43,7 @@ class OutlineScores:
     hd95_N: NDArray[np.float64]
     surface_distance_N: NDArray[np.float64]
     attributes: Mapping[str, tuple[str, ...]]
+    embedding_BD: NDArray[np.float64]
 
     def metrics(self, weight_RU: Weights) -> dict[str, Values]:
         """Every metric in every row of patients' multiplicities.

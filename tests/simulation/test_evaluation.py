@@ -117,7 +117,7 @@ def test_classifier_is_measured_in_every_way(
     assert saliency is not None
     assert saliency.images == 12
     assert saliency.mask_share == pytest.approx(64 / 784)
-    assert set(saliency.pointing) == {"zero_shot", "federated", "pooled"}
+    assert set(saliency.pointing) == {"zero_shot", "federated"}
     (group,) = evaluation.groups
     assert group.attribute == "sex"
     assert group.cases == {"f": 12, "m": 10}  # two patients of unknown sex belong to neither
