@@ -22,6 +22,7 @@ from medfed.payload import HEADER_BYTES
 from medfed.study import ALL_SITES, POOLED_SITE, StudyConfig, parse_study
 from server.checkpoint import write_durably
 from server.evaluation import read_evaluation
+from server.model_card import model_card
 from server.report_evaluation import view_of
 from server.report_figures import draw_losses, draw_scores
 from server.report_gaps import not_measured
@@ -101,6 +102,7 @@ def write_report(folder: Path) -> Path:
         has_pooled_loss=bool(pooled),
         pictures=_pictures(folder / "figures"),
         facts=_facts(study, results),
+        card=model_card(study, results),
         held_out=_held_out_images([*metrics, *_metrics(folder / "inspection.jsonl")]),
         study_text=_study_text(study),
         versions=_versions(),
@@ -254,7 +256,9 @@ def _listed(names: Any) -> str:
 def _held_out_images(metrics: list[dict[str, Any]]) -> dict[str, int]:
     """Images that each site was evaluated on."""
     return {
-        line["site"]: line["num_examples"] for line in metrics if line["event"] == "evaluate" and "num_examples" in line
+        line["site"]: line["num_examples"]
+        for line in metrics
+        if line["event"] == "evaluate" and line.get("num_examples")
     }
 
 
