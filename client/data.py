@@ -9,7 +9,7 @@ Legend: C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from client.images import check_label_map, read_image, read_label_map, refuse_other_axes
 from client.manifest import Labelling, Row, printable, read_manifest, refuse_patients_in_two_splits
+from client.spacing import Spacing, pixel_spacing_mm
 from medfed.canonical import canonical_bytes, sha256_hex
 from medfed.errors import DataError
 from medfed.models.pixels import PixelSpec
@@ -38,6 +39,9 @@ class Item:
         annotation: what the task's ``collate`` takes.
         image_digest: SHA-256 of the image file.
         reference_digest: SHA-256 of the label file, or of the class indices.
+        spacing_mm: height and width of a pixel of the preprocessed image; None where it is not known.
+        expert_mask: file of an expert's outline, for a classification task; None where there is none.
+        attributes: attribute -> group of the patient; a group that is not known is not there.
     """
 
     patient_id: str
@@ -46,6 +50,9 @@ class Item:
     annotation: Any
     image_digest: str
     reference_digest: str
+    spacing_mm: Spacing | None = None
+    expert_mask: Path | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,38 @@ def _read_item(row: Row, site_id: str, task: Labelling, pixels: PixelSpec) -> It
         annotation=annotation,
         image_digest=sha256_hex(row.image.read_bytes()),
         reference_digest=sha256_hex(reference),
+        spacing_mm=_resized_spacing(pixel_spacing_mm(row.image), image_CHW.shape, array.shape),
+        expert_mask=row.expert_mask,
+        attributes=row.attributes,
     )
+
+
+def _resized_spacing(spacing: Spacing | None, after: Sequence[int], before: Sequence[int]) -> Spacing | None:
+    """Spacing once an image of one shape was resized to another; None for what is no 2-D image of one channel."""
+    if spacing is None or len(before) != 2 or len(after) != 3:
+        return None
+    return spacing[0] * before[0] / after[1], spacing[1] * before[1] / after[2]
+
+
+def read_expert_mask(item: Item) -> np.ndarray | None:
+    """The expert's outline of an image, bool, at the size of the preprocessed image; None where there is none.
+
+    Raises:
+        DataError: if the file cannot be read or is no 2-D mask.
+    """
+    if item.expert_mask is None:
+        return None
+    mask_HW = read_image(item.expert_mask, where=printable(item.expert_mask)).array > 0
+    if mask_HW.ndim != 2:
+        raise DataError(
+            f"Expected a 2-D mask at {item.expert_mask}, got shape {list(mask_HW.shape)}; export 2-D files."
+        )
+    size = tuple(item.image_CHW.shape[-2:])
+    if mask_HW.shape != size:
+        from monai.transforms import Resize
+
+        mask_HW = np.asarray(Resize(size, mode="nearest-exact")(mask_HW[None].astype(np.float32)))[0] > 0
+    return mask_HW
 
 
 def preprocess(array: np.ndarray, pixels: PixelSpec, *, where: str) -> Tensor:

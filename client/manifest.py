@@ -8,6 +8,8 @@ column or key      meaning
 ``split``          CSV only: ``train`` or ``test``; in JSON the list an entry stands in says it
 ``label``          segmentation: label map of the image's size, 0 = background, i + 1 = class i
 one per target     classification: class index
+``lesion_mask``    classification, optional: file of an expert's outline, above 0 inside; saliency is held to it
+``attribute_...``  optional: the group that the patient belongs to, such as ``attribute_sex``; may be empty
 =================  ============================================================================
 
 The JSON form is MONAI's ("Decathlon") datalist: ``training`` is the split ``train``; ``validation``, ``test`` and
@@ -22,7 +24,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +33,12 @@ from medfed.study_sections import ClassificationConfig, SegmentationConfig
 
 Split = Literal["train", "test"]
 Labelling = SegmentationConfig | ClassificationConfig
+
+ATTRIBUTE_PREFIX = "attribute_"
+"""Of the columns that say which group a patient belongs to."""
+
+EXPERT_MASK = "lesion_mask"
+"""The column with an expert's outline of what a classifier should look at."""
 
 LISTS: Mapping[str, Split] = {"training": "train", "validation": "test", "test": "test", "testing": "test"}
 """Lists of a datalist JSON, in the order in which they are read, and the split that each stands for."""
@@ -51,6 +59,8 @@ class Row:
         split: what it is for.
         label: segmentation: file of the label map; None without a task.
         targets: classification: target -> class index; empty without a task.
+        expert_mask: classification: file of an expert's outline; None where there is none.
+        attributes: attribute -> group of the patient; a group that is not known is not there.
     """
 
     manifest: Path
@@ -60,6 +70,8 @@ class Row:
     split: Split
     label: Path | None
     targets: Mapping[str, int]
+    expert_mask: Path | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -222,6 +234,12 @@ def _row(cells: Mapping[str, Any], manifest: Path, place: str, task: Labelling |
         split="train" if split == "train" else "test",
         label=file("label") if isinstance(task, SegmentationConfig) else None,
         targets=targets,
+        expert_mask=file(EXPERT_MASK) if isinstance(task, ClassificationConfig) and cells.get(EXPERT_MASK) else None,
+        attributes={
+            key.removeprefix(ATTRIBUTE_PREFIX): cell(key)
+            for key, value in cells.items()
+            if key and key.startswith(ATTRIBUTE_PREFIX) and value not in (None, "") and str(value).strip()
+        },
     )
 
 

@@ -24,7 +24,7 @@ from medfed.messages import RoundInstruction
 from medfed.models.adapted import AdaptedModel
 from medfed.study import StudyConfig
 from medfed.tasks import task_of
-from privacy.ledger_entry import Charge
+from privacy.ledger_entry import Charge, ChargedMechanism
 from privacy.per_sample.engine import Engine
 from privacy.plan import PrivacyPlan
 from strategies.secure_channel import SecureChannel
@@ -64,7 +64,7 @@ def private_reply(
         _log.info("event=sent_again round=%d", instruction.round)
         return stored
     engine = engine_for(study, model, start.trainable, site)
-    with _charged(instruction, study, plan, request, site) as kept:
+    with charged(instruction, study, plan, plan.mechanism(1), plan.clip_norm, request, site) as kept:
         after_P, facts = _trained(instruction, start, study, model, engine, site, plan)
         payload = _remembered(instruction, start, study, site, after_P, plan)
         kept(payload, facts)
@@ -107,7 +107,7 @@ def shared_noise_reply(
     plan = PrivacyPlan.of_study(study)
     engine = engine_for(study, model, trainable, site)
     request, _ = sha256_hex(masked.id), channel.room  # that a gradient fits is made sure of before the charge
-    with _charged(instruction, study, plan, request, site) as kept:
+    with charged(instruction, study, plan, plan.mechanism(1), plan.clip_norm, request, site) as kept:
         result = clipped_integers(
             model,
             task_of(study.task),
@@ -137,10 +137,25 @@ def _remembered(
 
 
 @contextmanager
-def _charged(
-    instruction: RoundInstruction, study: StudyConfig, plan: PrivacyPlan, request: str, site: Site
+def charged(
+    instruction: RoundInstruction,
+    study: StudyConfig,
+    plan: PrivacyPlan,
+    mechanism: ChargedMechanism,
+    clip_norm: float,
+    request: str,
+    site: Site,
 ) -> Iterator[Callable[[bytes, dict[str, float]], None]]:
-    """Reserves a round's privacy before the body, and settles it with what the body keeps: a reply and facts.
+    """Reserves a release's privacy before the body, and settles it with what the body keeps: a reply and facts.
+
+    Args:
+        instruction: what was asked.
+        study: approved.
+        plan: of the study.
+        mechanism: what the release costs.
+        clip_norm: L2 bound of what one unit contributes to it.
+        request: digest of what was asked.
+        site: whose ledger pays.
 
     Raises:
         BudgetError: if the cohort's budget does not allow the round; nothing was spent.
@@ -155,8 +170,8 @@ def _charged(
         study_digest=study.digest,
         scope=instruction.scope,
         round=instruction.round,
-        mechanism=plan.mechanism(1),
-        clip_norm=plan.clip_norm,
+        mechanism=mechanism,
+        clip_norm=clip_norm,
         delta=plan.delta,
         unit=plan.unit,
         adjacency=plan.adjacency,

@@ -10,6 +10,7 @@ import logging
 
 from client.plain_round import plain_reply
 from client.private_round import engine_for, private_reply, shared_noise_reply
+from client.released_counts import ReleasedCounts, exact_counts, release_noised
 from client.request import checked_cohort, public_size, reply_to, study_and_model, told_epsilon
 from client.round_start import RoundStart, begin_round, evaluated_state
 from client.secure_round import MaskedRound
@@ -18,6 +19,7 @@ from client.trainer import evaluate_locally
 from medfed.errors import MessageError, PolicyError, SecureAggregationError
 from medfed.messages import Fields, RoundInstruction
 from medfed.models.adapted import AdaptedModel
+from medfed.models.folding import ModelState
 from medfed.payload import decode_adapter
 from medfed.study import StudyConfig
 from medfed.tasks import task_of
@@ -109,17 +111,45 @@ def evaluate(instruction: RoundInstruction, fields: Fields, site: Site) -> Field
         raise PolicyError(
             f"Expected no evaluation of {study.name!r}, which withholds metrics of held-out patients, got a request."
         )
+    state = evaluated_state(instruction, fields, study, site)
+    if study.sums_securely_in(instruction.scope):
+        return reply_to(instruction, site).to_fields(
+            secure=_masked_counts(instruction, fields, study, model, site, state)
+        )
+    if study.noises_evaluation:
+        released = release_noised(instruction, fields, study, model, site, state)
+        assert isinstance(released, ReleasedCounts)
+        return reply_to(instruction, site, metrics=released.metrics).to_fields()
     cohort = site.cohort(study, model.pixels)
     metrics = evaluate_locally(
         model,
         task_of(study.task),
         cohort.test,
-        state=evaluated_state(instruction, fields, study, site),
+        state=state,
         features=site.features,
         batch_size=study.training.batch_size,
     )
-    if study.sums_securely_in(instruction.scope):
-        channel = SecureChannel.evaluation(study, instruction.round)
-        masked = MaskedRound(study, instruction.scope, channel, fields, site).masked(channel.scores(metrics))
-        return reply_to(instruction, site).to_fields(secure=masked)
     return reply_to(instruction, site, num_examples=len(cohort.test), metrics=metrics).to_fields()
+
+
+def _masked_counts(
+    instruction: RoundInstruction,
+    fields: Fields,
+    study: StudyConfig,
+    model: AdaptedModel,
+    site: Site,
+    state: ModelState,
+) -> bytes:
+    """The site's held-out counts, and what they mean at this site, under masks: all that is told of an evaluation."""
+    channel = SecureChannel.evaluation(study, instruction.round)
+    masked = MaskedRound(study, instruction.scope, channel, fields, site)
+    if study.noises_evaluation:
+
+        def reply(released: ReleasedCounts) -> bytes:
+            return masked.masked(channel.scores(released.metrics, released.count_D))
+
+        sent = release_noised(instruction, fields, study, model, site, state, masked=(masked.id, reply))
+        assert isinstance(sent, bytes)
+        return sent
+    released = exact_counts(study, model, site, state)
+    return masked.masked(channel.scores(released.metrics, released.count_D))

@@ -28,6 +28,7 @@ from medfed.study_sections import (
     CohortConfig,
     LoraAdapterConfig,
     Name,
+    NoisedEvaluation,
     PrivacyConfig,
     RoundsConfig,
     Section,
@@ -240,6 +241,25 @@ class StudyConfig(Section):
     def withholds_evaluation(self) -> bool:
         """Whether metrics of held-out patients never leave a site."""
         return self.privacy is not None and self.privacy.evaluation == "withheld"
+
+    @property
+    def noises_evaluation(self) -> NoisedEvaluation | None:
+        """How held-out counts are noised before they leave a site; None if they do not leave, or leave as they are."""
+        evaluation = None if self.privacy is None else self.privacy.evaluation
+        return evaluation if isinstance(evaluation, NoisedEvaluation) else None
+
+    @property
+    def shows_held_out(self) -> bool:
+        """Whether exact numbers and pictures of held-out patients may be shown, even to whoever simulates."""
+        return self.privacy is None or self.privacy.evaluation == "exact"
+
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of the federated arm over the whole study, the one before the first round included."""
+        if self.withholds_evaluation:
+            return 0
+        every, last = self.rounds.evaluate_every, self.rounds.num_rounds
+        return 1 + sum(1 for number in range(1, last + 1) if number == last or (every and number % every == 0))
 
     @property
     def sums_securely(self) -> bool:

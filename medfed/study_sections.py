@@ -177,6 +177,17 @@ class TrainingConfig(Section):
         return self
 
 
+class NoisedEvaluation(Section):
+    """Counts over held-out patients leave a site with noise, which the site adds alone and its ledger is charged for.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise over the largest length that one patient adds to the counts
+            (:class:`medfed.metrics.mergeable.CountLayout`). Every evaluation is one such release.
+    """
+
+    noise_multiplier: Annotated[float, Field(gt=0)]
+
+
 class PrivacyConfig(Section):
     """Differential privacy of a site's training patients: DP-SGD on the adapter, add/remove adjacency.
 
@@ -201,7 +212,9 @@ class PrivacyConfig(Section):
         views: augmented views of each image, averaged before clipping; more than one needs augmentation.
         engine: how per-sample gradients are computed; ``auto`` takes the fastest that passes the self-check.
         evaluation: ``withheld``: held-out metrics never leave the site. ``exact``: they do, without noise;
-            held-out patients are then not protected.
+            held-out patients are then not protected. ``{ noise_multiplier = z }``: noised counts do; the promise
+            then covers held-out patients too, and ``epsilon`` includes what they cost. With trust ``site`` and unit
+            ``patient``.
     """
 
     trust: Literal["site", "consortium", "none"]
@@ -215,7 +228,17 @@ class PrivacyConfig(Section):
     images_per_patient: Annotated[int, Field(ge=1)] | None = None
     views: Annotated[int, Field(ge=1, le=64)] = 1
     engine: Literal["auto", "lora-exact", "vmap", "loop"] = "auto"
-    evaluation: Literal["withheld", "exact"]
+    evaluation: Literal["withheld", "exact"] | NoisedEvaluation
+
+    @field_validator("evaluation", mode="before")
+    @classmethod
+    def _evaluation_is_decided(cls, value: object) -> object:
+        if isinstance(value, (dict, NoisedEvaluation)) or value in ("withheld", "exact"):
+            return value
+        raise ValueError(
+            f"expected 'withheld', 'exact' or noised counts as {{ noise_multiplier = 4.0 }}, got {value!r}; decide "
+            "what leaves of held-out patients"
+        )
 
     @model_validator(mode="after")
     def _guarantee_is_whole(self) -> PrivacyConfig:
@@ -228,6 +251,11 @@ class PrivacyConfig(Section):
             raise ValueError(
                 "trust = 'consortium' needs steps_per_round = 1, as only sums of one clipped gradient share their "
                 "noise; set 1 and more rounds, or trust = 'site'"
+            )
+        if isinstance(self.evaluation, NoisedEvaluation) and (self.trust, self.unit) != ("site", "patient"):
+            raise ValueError(
+                "evaluation with noise_multiplier needs trust = 'site' and unit = 'patient', as each site noises the "
+                "counts of its patients alone; change them, or set evaluation = 'withheld'"
             )
         if (self.unit == "patient") != (self.images_per_patient is not None):
             raise ValueError("images_per_patient belongs to unit = 'patient' and to no other; add or remove it")

@@ -191,7 +191,9 @@ def epsilon_spent(mechanisms: Sequence[NoisedSteps], delta: float) -> Epsilon | 
     return _epsilon_of_curves(mechanisms, float(delta))
 
 
-def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+def calibrate_noise(
+    *, epsilon: float, delta: float, sampling_rate: float, steps: int, beside: Sequence[Mechanism] = ()
+) -> float:
     """The smallest noise multiplier, of ``NOISE_DECIMALS`` decimals, whose epsilon is at most the target.
 
     :func:`epsilon_spent` of the returned value never exceeds the target; of the next smaller decimal it does, or
@@ -202,6 +204,7 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
         delta: in (0, 1).
         sampling_rate: q, in (0, 1].
         steps: noised steps, >= 1.
+        beside: what else is spent on the same cohort under the same epsilon, its noise given.
 
     Raises:
         PrivacyError: if an argument is outside its range, or no usable noise reaches the target.
@@ -214,7 +217,8 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
         )
     if not (is_count(steps) and steps >= 1):
         raise PrivacyError(f"Expected steps as an integer >= 1, got {steps!r}; count every noised step of the study.")
-    return _calibrated(float(epsilon), float(delta), Mechanism(MAX_NOISE_MULTIPLIER, sampling_rate, steps))
+    noisiest = Mechanism(MAX_NOISE_MULTIPLIER, sampling_rate, steps)
+    return _calibrated(float(epsilon), float(delta), noisiest, tuple(beside))
 
 
 def is_number(value: object) -> bool:
@@ -258,9 +262,9 @@ def require_delta(delta: float) -> None:
 
 
 @lru_cache(maxsize=256)
-def _calibrated(epsilon: float, delta: float, noisiest: Mechanism) -> float:
-    """The least noise that reaches the target with the sampling and the steps of ``noisiest``."""
-    least = epsilon_spent([noisiest], delta).value
+def _calibrated(epsilon: float, delta: float, noisiest: Mechanism, beside: tuple[Mechanism, ...]) -> float:
+    """The least noise that reaches the target with the sampling and the steps of ``noisiest``, ``beside`` included."""
+    least = epsilon_spent([noisiest, *beside], delta).value
     if least > epsilon:
         raise PrivacyError(
             f"Expected a noise multiplier up to {noisiest.noise_multiplier:g} to reach epsilon {epsilon:g}, got "
@@ -271,11 +275,11 @@ def _calibrated(epsilon: float, delta: float, noisiest: Mechanism) -> float:
         return replace(noisiest, noise_multiplier=ticks / _TICKS)
 
     def nearly_fits(ticks: int) -> bool:
-        runs = _merged([at(ticks)])
+        runs = _merged([at(ticks), *beside])
         return _pld_epsilon(runs, _usable_delta(runs, delta)) <= epsilon - PRV_EPSILON_ERROR
 
     def fits(ticks: int) -> bool:
-        return epsilon_spent([at(ticks)], delta).value <= epsilon
+        return epsilon_spent([at(ticks), *beside], delta).value <= epsilon
 
     # The PLD accountant is several times faster and PRV lies its stated error above it: one leads near the
     # answer, both together decide.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from medfed.errors import PrivacyError
 from medfed.study import StudyConfig
-from medfed.study_sections import PrivacyConfig
+from medfed.study_sections import NoisedEvaluation, PrivacyConfig
 from privacy.accounting import (
     Epsilon,
     Mechanism,
@@ -46,8 +46,9 @@ class PrivacyPlan:
 
     Guarantee, if the training code does what the plan says: everything a site sends over the study is
     (``epsilon.value``, ``delta``)-differentially private with respect to adding or removing one unit of its
-    training cohort. Not covered: replacing a unit (about twice as much), held-out patients, metrics released
-    without noise, and other studies on the same patients, which the site's ledger adds up.
+    training cohort, and with ``evaluation_noise`` of its held-out patients too: a patient may be either, so both are
+    added up. Not covered: replacing a unit (about twice as much), metrics released without noise and the patients
+    behind them, and other studies on the same patients, which the site's ledger adds up.
 
     With trust ``consortium`` this holds for what the server and up to c colluding sites learn, as long as secure
     aggregation lets them see sums of at least ``min_honest`` honest sites and nothing else: what a site sends is
@@ -78,6 +79,9 @@ class PrivacyPlan:
         views: augmented views of each image, averaged before clipping; >= 1. Costs no privacy either.
         min_honest: h, honest sites in a sum at least; >= 1, for ``consortium`` and None otherwise.
         num_parameters: P, elements of the sum; likewise.
+        evaluation_noise: standard deviation of the noise on released counts of held-out patients, over the length of
+            what one of them adds; > 0, for trust ``site`` and unit ``patient``; None where no noised counts leave.
+        num_evaluations: releases of such counts over the whole study; >= 1 with ``evaluation_noise``, else 0.
 
     Raises:
         PrivacyError: if a value is outside its range, or two of them contradict each other.
@@ -97,6 +101,8 @@ class PrivacyPlan:
     views: int
     min_honest: int | None
     num_parameters: int | None
+    evaluation_noise: float | None
+    num_evaluations: int
 
     def __post_init__(self) -> None:
         if self.trust not in ("site", "consortium", "none"):
@@ -140,6 +146,27 @@ class PrivacyPlan:
         if self.unit == "patient":
             self._require_positive_count("images_per_patient")
         self._check_sharing()
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        """Released counts carry noise of a known multiplier, or there are none."""
+        if self.evaluation_noise is None:
+            if self.num_evaluations != 0:
+                raise PrivacyError(
+                    f"Expected evaluation_noise for {self.num_evaluations!r} evaluations, got none; give it."
+                )
+            return
+        if (self.trust, self.unit) != ("site", "patient"):
+            raise PrivacyError(
+                f"Expected evaluation_noise with trust 'site' and unit 'patient' alone, got {self.trust!r} and "
+                f"{self.unit!r}; remove it."
+            )
+        if not (is_number(self.evaluation_noise) and self.evaluation_noise > 0):
+            raise PrivacyError(
+                f"Expected a finite evaluation_noise > 0, got {self.evaluation_noise!r}; counts without noise are not "
+                "private."
+            )
+        self._require_positive_count("num_evaluations")
 
     def _check_sharing(self) -> None:
         """Noise is shared among a known number of sites, over integers that hold it, in steps of one gradient."""
@@ -184,7 +211,8 @@ class PrivacyPlan:
         """
         assert study.privacy is not None
         if study.privacy.trust != "consortium":
-            return cls.of(study.privacy, study.rounds.num_rounds)
+            noised = study.num_evaluations if study.noises_evaluation else 0
+            return cls.of(study.privacy, study.rounds.num_rounds, num_evaluations=noised)
         return cls.of(
             study.privacy,
             study.rounds.num_rounds,
@@ -200,6 +228,7 @@ class PrivacyPlan:
         *,
         min_honest: int | None = None,
         num_parameters: int | None = None,
+        num_evaluations: int = 0,
     ) -> PrivacyPlan:
         """The plan of a study's privacy section over ``num_rounds`` rounds.
 
@@ -211,6 +240,7 @@ class PrivacyPlan:
             num_rounds: rounds of the study.
             min_honest: h, for trust ``consortium``.
             num_parameters: P, likewise.
+            num_evaluations: releases of noised counts, for a section that noises them.
 
         Raises:
             PrivacyError: if the noise does not reach the epsilon, no noise does, or a value is out of range.
@@ -230,8 +260,11 @@ class PrivacyPlan:
                 views=config.views,
                 min_honest=min_honest,
                 num_parameters=num_parameters,
+                evaluation_noise=evaluation.noise_multiplier if isinstance(evaluation, NoisedEvaluation) else None,
+                num_evaluations=num_evaluations,
             )
 
+        evaluation = config.evaluation
         if config.trust == "none":
             return plan(0.0)
         if config.noise_multiplier is None:
@@ -321,7 +354,25 @@ class PrivacyPlan:
         """
         if not self.is_private:
             return Epsilon(prv=math.inf, pld=math.inf)
-        return epsilon_spent([self.mechanism(self.num_rounds)], self.delta)
+        return epsilon_spent([self.mechanism(self.num_rounds), *self.evaluations], self.delta)
+
+    @property
+    def evaluation_mechanism(self) -> Mechanism:
+        """What one release of held-out counts costs: every patient takes part.
+
+        Raises:
+            PrivacyError: if none is released.
+        """
+        if self.evaluation_noise is None:
+            raise PrivacyError("Expected a plan that releases noised counts, got one that releases none.")
+        return Mechanism(self.evaluation_noise, 1.0, 1)
+
+    @property
+    def evaluations(self) -> tuple[Mechanism, ...]:
+        """What all releases of held-out counts cost, as runs of steps; nothing where none is released."""
+        if self.evaluation_noise is None:
+            return ()
+        return (replace(self.evaluation_mechanism, steps=self.num_evaluations),)
 
     @property
     def event(self) -> dp_accounting.DpEvent:
@@ -335,7 +386,13 @@ class PrivacyPlan:
         step = dp_accounting.PoissonSampledDpEvent(
             self.sampling_rate, dp_accounting.GaussianDpEvent(self.noise_multiplier)
         )
-        return dp_accounting.SelfComposedDpEvent(step, self.total_steps)
+        training = dp_accounting.SelfComposedDpEvent(step, self.total_steps)
+        if self.evaluation_noise is None:
+            return training
+        release = dp_accounting.GaussianDpEvent(self.evaluation_noise)
+        return dp_accounting.ComposedDpEvent(
+            [training, dp_accounting.SelfComposedDpEvent(release, self.num_evaluations)]
+        )
 
     def check_cohort(self, num_units: int) -> None:
         """Refuses a cohort of which ``delta`` would allow one unit to be given away whole.
@@ -402,8 +459,8 @@ def _calibrated_noise(config: PrivacyConfig, plan: Callable[[float], PrivacyPlan
         raise PrivacyError(
             f"Expected epsilon or noise_multiplier with trust {config.trust!r}, got neither; give one of them."
         )
+    checked = plan(1.0)
     if config.trust == "consortium":
-        checked = plan(1.0)
         assert checked.num_parameters is not None
         return calibrate_skellam(
             epsilon=config.epsilon,
@@ -417,5 +474,6 @@ def _calibrated_noise(config: PrivacyConfig, plan: Callable[[float], PrivacyPlan
         epsilon=config.epsilon,
         delta=config.delta,
         sampling_rate=config.sampling_rate,
-        steps=plan(1.0).total_steps,
+        steps=checked.total_steps,
+        beside=checked.evaluations,
     )

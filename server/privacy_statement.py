@@ -46,11 +46,14 @@ def privacy_statement(
         return PrivacyStatement(promise="", confidentiality=confidentiality, warnings=(NO_NOISE,))
     worst = max(spent.values(), key=lambda site: site.epsilon)
     who = {"patient": "each training patient, with all images", "record": "each training image"}[plan.unit]
+    if study.noises_evaluation:
+        who = "each patient, training or held-out, with all images"
     promise = (
         f"Differential privacy for {who}: epsilon {worst.epsilon_shown} at delta {plan.delta:g} at the site that "
         f"spent most, over all rounds, adding or removing one {plan.unit}. {_where_noise_is_added(study)}"
+        f"{' Scores of held-out patients come from noised counts.' if study.noises_evaluation else ''}"
     )
-    held_out = () if study.withholds_evaluation else (HELD_OUT,)
+    held_out = (HELD_OUT,) if study.shows_held_out else ()
     return PrivacyStatement(
         promise=promise, confidentiality=confidentiality, warnings=(*held_out, *warnings), sites=dict(spent)
     )

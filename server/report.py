@@ -14,14 +14,18 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from medfed.errors import CheckpointError
 from medfed.payload import HEADER_BYTES
 from medfed.study import ALL_SITES, POOLED_SITE, StudyConfig, parse_study
 from server.checkpoint import write_durably
+from server.evaluation import read_evaluation
+from server.model_card import model_card
+from server.report_evaluation import view_of
 from server.report_figures import draw_losses, draw_scores
+from server.report_gaps import not_measured
 from server.results import (
     DECIMALS,
     Results,
@@ -70,7 +74,7 @@ def write_report(folder: Path) -> Path:
 
     Args:
         folder: with ``study.json`` and ``summary.json``; ``metrics.jsonl``, ``arms/*/metrics.jsonl``,
-            ``inspection.jsonl`` and ``figures/captions.json`` add to the report if they are there.
+            ``inspection.jsonl``, ``evaluation.json`` and ``figures/captions.json`` add to the report if they are there.
 
     Raises:
         CheckpointError: if this is no folder of a finished run, or one of its files is damaged.
@@ -81,12 +85,14 @@ def write_report(folder: Path) -> Path:
     labels = column_labels(study.task.kind)
     metrics = _metrics(folder / "metrics.jsonl")
     pooled = _metrics(folder / "arms" / POOLED_SITE / "metrics.jsonl")
+    evaluation = read_evaluation(folder)
     page = _template().render(
         study=study,
         results=results,
         run_name=folder.resolve().name,
         sentence=result_sentence(results, labels),
         caveats=caveats(results, labels),
+        view=None if evaluation is None else view_of(evaluation, labels, results.metric_name),
         shows_own_images=study.cohort is None,
         columns=[(column, labels[column]) for column in results.columns],
         rows=rows_of(results),
@@ -96,10 +102,11 @@ def write_report(folder: Path) -> Path:
         has_pooled_loss=bool(pooled),
         pictures=_pictures(folder / "figures"),
         facts=_facts(study, results),
+        card=model_card(study, results),
         held_out=_held_out_images([*metrics, *_metrics(folder / "inspection.jsonl")]),
         study_text=_study_text(study),
         versions=_versions(),
-        not_measured=_not_measured(study),
+        not_measured=not_measured(study, evaluation),
     )
     path = folder / REPORT
     write_durably(path, page.encode("utf-8"))
@@ -107,8 +114,11 @@ def write_report(folder: Path) -> Path:
 
 
 def _template() -> Any:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(resources.files("server").joinpath("report.html").read_text("utf-8"))
+    pages = FunctionLoader(lambda name: resources.files("server").joinpath(name).read_text("utf-8"))
+    environment = Environment(
+        loader=pages, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html")
 
 
 def _study(folder: Path) -> StudyConfig:
@@ -246,7 +256,9 @@ def _listed(names: Any) -> str:
 def _held_out_images(metrics: list[dict[str, Any]]) -> dict[str, int]:
     """Images that each site was evaluated on."""
     return {
-        line["site"]: line["num_examples"] for line in metrics if line["event"] == "evaluate" and "num_examples" in line
+        line["site"]: line["num_examples"]
+        for line in metrics
+        if line["event"] == "evaluate" and line.get("num_examples")
     }
 
 
@@ -258,30 +270,3 @@ def _study_text(study: StudyConfig) -> str:
 
 def _versions() -> list[tuple[str, str]]:
     return [("python", platform.python_version()), *((name, metadata.version(name)) for name in _PACKAGES)]
-
-
-def _not_measured(study: StudyConfig) -> list[str]:
-    """What a reader might take for granted and this run does not show."""
-    gaps = [
-        "Confidence intervals and significance: one seed and the few held-out patients above; "
-        "small differences may be chance.",
-        "Privacy against an attacker: no attack was tried on the updates"
-        + (", and no privacy budget was spent or accounted for." if study.privacy is None else "."),
-        "A real network: delays, drop-outs and sites on other hardware.",
-        "Sites outside of the study, fairness between groups of patients, and benefit to any patient.",
-    ]
-    if study.task.kind == "segmentation":
-        gaps[:0] = [
-            "Surface distance (Hausdorff, average surface distance) and volume error: Dice alone hides where "
-            "an outline is wrong.",
-            "Finding a structure: the box prompt is drawn around the reference mask.",
-            "Calibration of the predicted masks.",
-        ]
-    else:
-        gaps[:0] = [
-            "Calibration, and sensitivity at a chosen specificity: balanced accuracy takes the likeliest class.",
-            "Area under the ROC curve.",
-        ]
-    if study.cohort is not None:
-        gaps.append("Real hospitals: scanners are modelled and patients are synthetic.")
-    return gaps

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from html import escape
 from typing import Any
 
+from server.evaluation import Evaluation, Measured
 from server.results import COLUMNS, Column, Results
 
 # Any colour that no mark uses: replaced by the page's text colour after drawing.
@@ -99,6 +100,73 @@ def draw_losses(metrics: Iterable[Mapping[str, Any]], sites: Iterable[str], pool
         for text in legend.get_texts():
             text.set_parse_math(False)
         return _svg(figure, "losses", "training loss of each round and site")
+
+
+def draw_differences(differences: Mapping[str, Measured], name: str, label: str) -> str:
+    """Difference of two arms at each site with its interval: right of the line the first of the two is better."""
+    from matplotlib.figure import Figure
+
+    with _style(name):
+        figure = Figure(figsize=(_WIDTH_IN, 0.85 + 0.36 * len(differences)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axvline(0.0, color=_INK, alpha=0.6, linewidth=1.0)
+        for row, measured in enumerate(differences.values()):
+            colour = _MARKS["federated"][0] if measured.is_told_from_zero else _MARKS["zero_shot"][0]
+            if measured.low is not None and measured.high is not None:
+                axes.plot([measured.low, measured.high], [row, row], "-", color=colour, linewidth=2.2)
+            fill = colour if measured.is_told_from_zero else "none"
+            axes.plot([measured.value], [row], "D", color=colour, markerfacecolor=fill, markersize=6.5)
+        reach = 1.15 * max(
+            (abs(end) for d in differences.values() for end in (d.value, d.low, d.high) if end is not None), default=0.0
+        )
+        axes.set_xlim(-max(reach, 0.01), max(reach, 0.01))
+        axes.set_yticks(range(len(differences)), list(differences), parse_math=False)
+        axes.set_ylim(len(differences) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", color=_INK, alpha=0.15, linewidth=0.8)
+        axes.set_xlabel(label, parse_math=False)
+        return _svg(figure, name, label)
+
+
+def draw_reliability(evaluation: Evaluation) -> str:
+    """One reliability diagram for each target, bins of all sites added up: as predicted, and after scaling."""
+    from matplotlib.figure import Figure
+
+    targets = list(dict.fromkeys(target for site in evaluation.sites.values() for target in site.calibration))
+    with _style("reliability"):
+        columns = min(3, len(targets))
+        rows = -(-len(targets) // columns)
+        figure = Figure(figsize=(_WIDTH_IN, 0.5 + _WIDTH_IN / 3 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in grid[len(targets) :]:
+            axes.set_axis_off()
+        for index, (target, axes) in enumerate(zip(targets, grid, strict=False)):
+            axes.plot([0, 1], [0, 1], "--", color=_INK, alpha=0.4, linewidth=1.0)
+            for kind, key in (("before", "local_only"), ("after", "federated")):
+                found = [
+                    getattr(site.calibration[target], kind)
+                    for site in evaluation.sites.values()
+                    if target in site.calibration
+                ]
+                totals = [[sum(bins) for bins in zip(*(getattr(f, part) for f in found), strict=True)]
+                          for part in ("count", "confidence", "correct")]  # fmt: skip
+                points = [(conf / n, right / n, n) for n, conf, right in zip(*totals, strict=True) if n]
+                colour, shape = _MARKS[key]  # type: ignore[index]
+                most = max(n for *_, n in points)
+                label = "as predicted" if kind == "before" else "after temperature scaling"
+                xs, ys, ns = zip(*points, strict=True)
+                axes.plot(xs, ys, "-", color=colour, alpha=0.5, linewidth=1.2)
+                axes.scatter(xs, ys, s=[12 + 70 * n / most for n in ns], color=colour, marker=shape, linewidths=0,
+                             label=label if index == 0 else None)  # fmt: skip
+            axes.set_title(target, fontsize=10, parse_math=False)
+            axes.set_xlim(0, 1.03)
+            axes.set_ylim(-0.03, 1.03)
+            axes.set_aspect("equal")
+            axes.set_xlabel("confidence")
+            axes.grid(color=_INK, alpha=0.15, linewidth=0.8)
+        grid[0].set_ylabel("right")
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
+        return _svg(figure, "reliability", "reliability diagrams of the federated arm")
 
 
 def _style(name: str) -> AbstractContextManager[None]:

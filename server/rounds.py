@@ -18,6 +18,7 @@ from torch import Tensor
 from medfed.adapter_manifest import AdapterManifest
 from medfed.errors import AdapterMismatchError, LostRoundError, RoundError
 from medfed.messages import Action, RoundInstruction
+from medfed.metrics.mergeable import CountLayout
 from medfed.payload import decode_adapter, encode_adapter
 from medfed.study import ALL_SITES, StudyConfig
 from medfed.tasks import task_of
@@ -104,6 +105,8 @@ class _Loop:
         self._federation = federation
         self._strategy = strategy_of(study, federation.scope)
         self._metric_names = task_of(study.task).metric_names
+        if study.noises_evaluation:
+            self._metric_names |= CountLayout(study.task).names
         self._node_of: dict[str, int] = {}
         self._lost_round: int | None = None
         self._secure_sums: SecureSums | None = None
@@ -294,7 +297,11 @@ class _Loop:
         """What a sum over sites tells, under the name that stands for all of them."""
         for site, why in summed.failures.items():
             _log.warning("event=missing round=%d site=%s why=%s", number, site, why)
-        return self._line(event, number, ALL_SITES, {"num_sites": len(summed.sites), **summed.sum.metrics})
+        facts: dict[str, float] = {"num_sites": len(summed.sites), **summed.sum.metrics}
+        if summed.sum.count_D.size:
+            of_all = CountLayout(self._study.task).metrics(summed.sum.count_D)
+            facts |= {f"all-patients/{name}": value for name, value in of_all.items()}
+        return self._line(event, number, ALL_SITES, facts)
 
     def _line(self, event: str, number: int, site: str, metrics: Mapping[str, float]) -> str:
         return metrics_line(event=event, scope=self._federation.scope, round=number, site=site, **metrics)

@@ -229,6 +229,8 @@ def _release(plan: PrivacyPlan, units: Sequence[int], num_parameters: int, *, un
 def _other_mode(study: StudyConfig, plan: PrivacyPlan) -> tuple[NoiseMode | None, str]:
     """The way of adding noise that the study does not use, at its epsilon and steps; or why there is none."""
     assert study.privacy is not None
+    if study.noises_evaluation:
+        return None, "evaluation with noise_multiplier needs trust = 'site'"
     given = study.privacy.noise_multiplier is not None and study.privacy.epsilon is None
     epsilon = plan.epsilon.value if given else study.privacy.epsilon
     changes = {"epsilon": epsilon, "noise_multiplier": None, "steps_per_round": 1}

@@ -6,9 +6,11 @@ arm                 trains                 evaluated on        answers
 ``federated``       every site             every site          what the consortium gets
 ``local-<site>``    that site alone        that site           was joining worth it?
 ``pooled``          all data in one place  every site          the upper bound, which nobody may build
+``without-<site>``  all the other sites    that site           does it help a hospital that was not there?
 ==================  =====================  ==================  ===========================================
 
-Every arm makes the same number of passes over each image. "Zero-shot" is the federated arm before round 1.
+The last kind runs only if it is asked for. Every arm makes the same number of passes over each image.
+"Zero-shot" is the federated arm before round 1.
 """
 
 from __future__ import annotations
@@ -51,12 +53,29 @@ class Arm:
         }
 
 
-def arms_of(study: StudyConfig, *, baselines: bool) -> list[Arm]:
-    """The arms of a simulation, those that take longest first."""
+def without(site: str) -> str:
+    """The scope of the federation of all other sites."""
+    return f"without-{site}"
+
+
+def arms_of(study: StudyConfig, *, baselines: bool, leave_one_out: bool = False) -> list[Arm]:
+    """The arms of a simulation, those that take longest first.
+
+    Args:
+        study: resolved or not.
+        baselines: whether the pooled and the local-only arms run.
+        leave_one_out: whether a federation without each of the sites runs.
+    """
     sites = study.site_names
     federated = Arm("federated", sites, sites, evaluate_initial=True)
-    if not baselines or len(sites) == 1:
+    if len(sites) == 1:
         return [federated]
+    others = [
+        Arm(without(site), tuple(other for other in sites if other != site), (site,), evaluate_initial=False)
+        for site in (sites if leave_one_out else ())
+    ]
+    if not baselines:
+        return [federated, *others]
     pooled = Arm("pooled", (POOLED_SITE,), sites, evaluate_initial=False)
     local = [Arm(f"local-{site}", (site,), (site,), evaluate_initial=False) for site in sites]
-    return [pooled, federated, *local]
+    return [pooled, federated, *others, *local]

@@ -50,6 +50,10 @@ def simulate(
         bool,
         typer.Option("--show-cohort", help="Draw what the sites hold, measure how far apart they are, train nothing."),
     ] = False,
+    leave_one_out: Annotated[
+        bool,
+        typer.Option("--leave-one-out", help="Also train a federation without each site, and try it on that site."),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object and nothing else.")
     ] = False,
@@ -89,6 +93,7 @@ def simulate(
             workers=workers,
             device=device,
             baselines=False if no_baselines else None,
+            leave_one_out=True if leave_one_out else None,
             reporter=reporter,
         )
 

@@ -32,12 +32,14 @@ from medfed.tasks import task_of
 from privacy.accounting import epsilon_spent
 from privacy.plan import PrivacyPlan, calibrated
 from server.checkpoint import read_checkpoint, write_durably
+from server.evaluation import EvaluatedColumn
 from server.report import write_report
 from server.results import Results
-from simulation.arms import Arm, arms_of
+from simulation.arms import Arm, arms_of, without
 from simulation.cohort import STATEMENT, CohortRecipe, SiteRecipe, drifted, write_cohort
+from simulation.evaluation import StateOf, evaluate_run
 from simulation.identities import store_identities, with_identities
-from simulation.inspection import inspect_sites
+from simulation.inspection import SiteState, inspect_sites
 from simulation.overlays import draw_overlays
 from simulation.privacy_summary import simulated_privacy
 from simulation.progress import Reporter, Silent
@@ -84,6 +86,7 @@ def simulate(
     workers: int | None = None,
     device: DeviceChoice | None = None,
     baselines: bool | None = None,
+    leave_one_out: bool | None = None,
     reporter: Reporter | None = None,
 ) -> Run:
     """Run a federated study on virtual hospitals in this machine.
@@ -97,6 +100,7 @@ def simulate(
             not depend on it. On a GPU there is always one.
         device: ``auto`` (the default), ``cpu``, ``cuda`` or ``mps``.
         baselines: whether the local-only and pooled arms run as well; by default they do.
+        leave_one_out: whether a federation without each site runs too, and is tried on that site; by default not.
         reporter: is told of progress.
 
     A resumed run has the engine, device and arms that it was started with, and refuses others, or other data.
@@ -108,7 +112,7 @@ def simulate(
         raise StudyError("Expected a study file or a run folder to resume, not both; give one of them.")
     started_s = time.monotonic()
     reporter = reporter or Silent()
-    asked = {"engine": engine, "device": device, "baselines": baselines}
+    asked = {"engine": engine, "device": device, "baselines": baselines, "leave_one_out": leave_one_out}
     options = _options(asked, None if resume is None else stored_options(Path(resume)))
     chosen = choose_device(options.device)
     _quieten_libraries()
@@ -152,13 +156,14 @@ def simulate(
         )
     store_options(folder, options.model_copy(update={"cohorts": digests}))
 
-    arms = arms_of(resolved, baselines=options.baselines)
+    arms = arms_of(resolved, baselines=options.baselines, leave_one_out=options.leave_one_out)
+    num_workers = worker_count(workers, chosen.type, len(sites))
     run_arms(
         arms,
         resolved,
         folder,
         cohorts,
-        num_workers=worker_count(workers, chosen.type, len(sites)),
+        num_workers=num_workers,
         engine=options.engine,
         reporter=reporter,
         missing=missing,
@@ -167,7 +172,7 @@ def simulate(
     reporter.stage("writing report")
     for site in sites:
         site.turn_to(resolved.rounds.num_rounds)
-    summary = _write_results(folder, resolved, arms, sites, model, provenance, started_s)
+    summary = _write_results(folder, resolved, arms, sites, model, provenance, started_s, num_workers)
     return Run(folder, summary)
 
 
@@ -266,7 +271,7 @@ def _open_sites(
             "feature_cache": cache_folder() / "features",
             "feature_key": config_folder() / "feature-cache.key",
             "policy": _policy(study),
-            "cohorts": {arm.scope: arm.scope for arm in arms_of(study, baselines=True)},
+            "cohorts": {arm.scope: arm.scope for arm in arms_of(study, baselines=True, leave_one_out=True)},
             "ledgers": folder / "ledgers",
             "ledger_key": _ledger_key(folder / "ledgers" / "ledger.key"),
             "identities": folder / "identities",
@@ -292,7 +297,7 @@ def _policy(study: StudyConfig) -> SitePolicy:
     plan = None if study.privacy is None else PrivacyPlan.of_study(study)
     budget = None
     if plan is not None and plan.is_private:
-        twice = [plan.mechanism(study.rounds.num_rounds)] * 2
+        twice = [plan.mechanism(study.rounds.num_rounds), *plan.evaluations] * 2
         budget = Budget(epsilon=epsilon_spent(twice, plan.delta).value, delta=plan.delta, unit=plan.unit)
     return SitePolicy(approved_studies=(study.digest,), minimum_patients=1, allow_unprotected=True, budget=budget)
 
@@ -311,6 +316,7 @@ def _write_results(
     model: AdaptedModel,
     provenance: str,
     started_s: float,
+    num_workers: int,
 ) -> Results:
     final = read_checkpoint(folder, study.resolved_manifest, study_digest=study.digest, scope="federated")
     assert final is not None
@@ -325,8 +331,10 @@ def _write_results(
         for site in sites:
             if site.name in study.site_names:
                 model.save(folder / "adapters" / site.name, state_of(site))
-    if not study.withholds_evaluation:  # pictures show held-out patients
+    if study.shows_held_out:  # pictures show held-out patients
         draw_overlays(folder / "figures", study, sites, model, state_of)
+    states = _states_of_arms(folder, study, arms, model, state_of)
+    evaluate_run(folder, study, sites, model, states, num_workers=num_workers)
     task = task_of(study.task)
     metrics = {arm.scope: metrics_of(arm.folder(folder)) for arm in arms}
     if study.sums_securely:
@@ -347,6 +355,32 @@ def _write_results(
     write_durably(folder / "summary.json", summary.model_dump_json(indent=2).encode())
     write_report(folder)
     return summary
+
+
+def _states_of_arms(
+    folder: Path, study: StudyConfig, arms: list[Arm], model: AdaptedModel, federated: SiteState
+) -> StateOf:
+    """The model of every arm at every site after the arm's last round; of the ``left_out`` site too, if it ran."""
+    by_scope = {arm.scope: arm for arm in arms}
+    shared: dict[str, ModelState] = {}
+
+    def state_of(column: EvaluatedColumn, site: Site) -> ModelState | None:
+        if column == "zero_shot":
+            return ModelState(model.initial_P)
+        if column == "federated":
+            return federated(site)
+        scope = {"local_only": f"local-{site.name}", "pooled": "pooled", "left_out": without(site.name)}[column]
+        if scope not in by_scope:
+            return None
+        strategy = strategy_of(study, scope)
+        if scope not in shared:
+            place = by_scope[scope].folder(folder)
+            final = read_checkpoint(place, study.resolved_manifest, study_digest=study.digest, scope=scope)
+            assert final is not None
+            shared[scope] = shared_state(strategy, final.adapter_P, final.broadcast)
+        return own_state(shared[scope], strategy, study.rounds.num_rounds, study, scope, site)
+
+    return state_of
 
 
 def _quieten_libraries() -> None:

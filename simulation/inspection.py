@@ -30,9 +30,9 @@ def inspect_sites(
 ) -> list[dict[str, Any]]:
     """Every site's scores before the first round and after the last, as lines of metrics; kept in the run folder.
 
-    Empty where held-out metrics are withheld, even from whoever simulates.
+    Empty where held-out metrics are withheld or noised, even from whoever simulates.
     """
-    if study.withholds_evaluation:
+    if not study.shows_held_out:
         return []
     task, last = task_of(study.task), study.rounds.num_rounds
     lines: list[dict[str, Any]] = []

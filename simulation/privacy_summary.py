@@ -30,6 +30,8 @@ def simulated_privacy(study: StudyConfig, sites: Sequence[Site]) -> PrivacyState
 def _site_privacy(study: StudyConfig, site: Site, plan: PrivacyPlan) -> SitePrivacy:
     cohort = site.cohort_name("federated")
     spendings = site.ledger.charges(cohort)
+    released = [s for s in spendings if plan.evaluations and s.charge.mechanism == plan.evaluation_mechanism]
+    trained = [s for s in spendings if s not in released]
     declared = study.declared_units(site.name)
     assert declared is not None
     return SitePrivacy(
@@ -38,8 +40,8 @@ def _site_privacy(study: StudyConfig, site: Site, plan: PrivacyPlan) -> SitePriv
         noise_multiplier=plan.noise_multiplier,
         clip_norm=plan.clip_norm,
         sampling_rate=plan.sampling_rate,
-        steps=sum(spending.charge.mechanism.steps for spending in spendings),
-        rounds=len(spendings),
+        steps=sum(spending.charge.mechanism.steps for spending in trained),
+        rounds=len(trained),
         declared_units=declared,
         clip_fraction=_mean_fact(spendings, "clip_fraction"),
         signal_to_noise=_mean_fact(spendings, "signal_to_noise"),

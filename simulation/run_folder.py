@@ -13,6 +13,7 @@
         adapter/                   the final adapter, a standard PEFT folder
         adapters/<site>/           each site's own, under strategies that let sites differ: what scores are of
         memories/                  what such sites remember between rounds
+        evaluation.json            intervals, calibration, surface distances and what else was measured
         summary.json  report.html  figures/
 """
 
@@ -70,6 +71,7 @@ class RunOptions(BaseModel):
         device: where sites compute, as asked for.
         engine: where the federated arm runs.
         baselines: whether the other arms run.
+        leave_one_out: whether a federation without each site runs as well.
         cohorts: digest of every site's data.
     """
 
@@ -78,6 +80,7 @@ class RunOptions(BaseModel):
     device: DeviceChoice
     engine: Literal["in-process", "ray"]
     baselines: bool
+    leave_one_out: bool = False
     cohorts: dict[str, str] = {}
 
 

@@ -6,9 +6,12 @@ summed like everything else and never seen one by one.
 
 ::
 
-    [ update, P elements ][ value of each metric, M elements ][ 1 where the site has the metric, M elements ]
+    [ update, P elements ][ value of each metric, M ][ 1 where the site has the metric, M ][ counts, D ]
 
-Legend: P elements of the update, M metrics.
+An evaluation also sums counts (:mod:`medfed.metrics.mergeable`), from which the areas and errors over all sites'
+patients together follow.
+
+Legend: P elements of the update, M metrics, D counts.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch import Tensor
 from medfed.adapter_manifest import AdapterManifest
 from medfed.canonical import canonical_bytes, sha256_hex
 from medfed.errors import PrivacyError
+from medfed.metrics.mergeable import CountLayout
 from medfed.study import StudyConfig
 from medfed.tasks import task_of
 from privacy.plan import PrivacyPlan
@@ -38,6 +42,9 @@ METRIC_BOUND = 16.0
 NOISE_DEVIATIONS = 14
 """No Skellam noise is larger than this many of its standard deviations, as it is drawn."""
 
+COUNT_UNITS = 2**10
+"""Units of a count of 1: patients with several images count in fractions, and noise is not whole either."""
+
 _RING_BITS = 32
 
 
@@ -49,11 +56,13 @@ class SecureSum:
         update_P: the sum of the sites' weighted updates, float64; None if the round has none.
         weight: sum of the public weights of the sites in it.
         metrics: mean of each metric over the sites that have it; absent if none has.
+        count_D: sum of the sites' counts of held-out patients, float64; empty where none are told.
     """
 
     update_P: Tensor | None
     weight: float
     metrics: dict[str, float]
+    count_D: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class SecureChannel:
         round: of the study.
         manifest: of the update; None if there is none.
         metric_names: in the order of the vector.
+        counts: what is counted; None in training.
     """
 
     study: StudyConfig
@@ -73,6 +83,7 @@ class SecureChannel:
     round: int
     manifest: AdapterManifest | None
     metric_names: tuple[str, ...]
+    counts: CountLayout | None = None
 
     @classmethod
     def training(cls, study: StudyConfig, round_number: int, phase: Phase) -> SecureChannel:
@@ -82,8 +93,9 @@ class SecureChannel:
 
     @classmethod
     def evaluation(cls, study: StudyConfig, round_number: int) -> SecureChannel:
-        """The channel of an evaluation: metrics alone."""
-        return cls(study, "evaluate", round_number, None, tuple(sorted(task_of(study.task).metric_names)))
+        """The channel of an evaluation: metrics and counts alone."""
+        names = tuple(sorted(task_of(study.task).metric_names))
+        return cls(study, "evaluate", round_number, None, names, CountLayout(study.task))
 
     @cached_property
     def digest(self) -> bytes:
@@ -94,13 +106,14 @@ class SecureChannel:
             "round": self.round,
             "update": None if self.manifest is None else self.manifest.fingerprint.hex(),
             "metrics": self.metric_names,
+            "counts": self._num_counts,
         }
         return bytes.fromhex(sha256_hex(canonical_bytes(fields)))
 
     @property
     def num_elements(self) -> int:
         """Length of a vector."""
-        return self._num_update + 2 * len(self.metric_names)
+        return self._num_update + 2 * len(self.metric_names) + self._num_counts
 
     def weighted(self, update_P: Tensor, site: str, metrics: Mapping[str, float]) -> Ring:
         """A site's vector from its update: times its public weight, scaled down to the update clip norm, rounded.
@@ -149,9 +162,12 @@ class SecureChannel:
             )
         return room
 
-    def scores(self, metrics: Mapping[str, float]) -> Ring:
-        """A site's vector of metrics alone."""
-        return self._with_metrics(np.empty(0, dtype=np.uint32), metrics)
+    def scores(self, metrics: Mapping[str, float], count_D: NDArray[np.float64]) -> Ring:
+        """A site's vector of metrics and counts alone; counts are rounded, and cut off where a sum could wrap."""
+        integers_D = np.rint(np.clip(count_D * COUNT_UNITS, -self._integer_limit, self._integer_limit))
+        counted_D = integer_ring(integers_D.astype(np.int64), limit=self._integer_limit)
+        vector: Ring = np.concatenate([self._with_metrics(np.empty(0, dtype=np.uint32), metrics), counted_D])
+        return vector
 
     def opened(self, sum_P: Ring, sites: Sequence[str]) -> SecureSum:
         """What the sum of these sites' vectors means.
@@ -164,13 +180,15 @@ class SecureChannel:
         if self.manifest is not None:
             update_P = torch.from_numpy(self._update(sum_P[:num_update], len(sites)))
         values_M = self._metric_point.decode(sum_P[num_update : num_update + num_metrics], num_summands=len(sites))
+        sum_P, summed_D = sum_P[: num_update + 2 * num_metrics], sum_P[num_update + 2 * num_metrics :]
         counts_M = from_ring(sum_P[num_update + num_metrics :], limit=len(sites))
+        count_D = from_ring(summed_D, limit=len(sites) * self._integer_limit).astype(np.float64) / COUNT_UNITS
         metrics = {
             name: float(value / count)
             for name, value, count in zip(self.metric_names, values_M, counts_M, strict=True)
             if count > 0
         }
-        return SecureSum(update_P, sum(self.weight(site) for site in sites), metrics)
+        return SecureSum(update_P, sum(self.weight(site) for site in sites), metrics, count_D)
 
     def quantisation_bound(self, num_sites: int) -> float:
         """Largest error that fixed point adds to an element of the weighted mean update over so many sites.
@@ -200,6 +218,10 @@ class SecureChannel:
         encoded_M = self._metric_point.encode(np.clip(values_M, -METRIC_BOUND, METRIC_BOUND))
         vector: Ring = np.concatenate([update_P, encoded_M, present_M])
         return vector
+
+    @property
+    def _num_counts(self) -> int:
+        return 0 if self.counts is None else self.counts.num_elements
 
     @property
     def _num_update(self) -> int:

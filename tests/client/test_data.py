@@ -12,7 +12,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from client.data import load_cohort, preprocess, refuse_shared_patients
+from client.data import load_cohort, preprocess, read_expert_mask, refuse_shared_patients
 from medfed.errors import DataError
 from medfed.models.pixels import PixelSpec
 from medfed.study_sections import ClassificationConfig, SegmentationConfig
@@ -188,3 +188,34 @@ def test_preprocessing_gives_the_normalised_three_channels_a_model_expects() -> 
     assert (float(image_CHW[0].min()), float(image_CHW[0].max())) == (-1.0, 1.0)
     assert float(image_CHW[2].max()) == 2.0
     assert pixels.digest != PixelSpec(image_size=32).digest
+
+
+def test_groups_outlines_and_spacing_are_read_where_the_manifest_has_them(tmp_path: Path) -> None:
+    task = ClassificationConfig(kind="classification", targets={"present": ("no", "yes")})
+    mask = np.zeros((20, 10), dtype=np.uint8)
+    mask[4:8, 2:4] = 200
+    for name, unit in (("a", "mm"), ("b", "unknown")):
+        image = nibabel.Nifti1Image(np.random.default_rng(0).normal(size=(20, 10)).astype(np.float32), np.eye(4))
+        image.header.set_xyzt_units(unit)
+        image.header.set_zooms((0.5, 2.0))
+        nibabel.save(image, tmp_path / f"{name}.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), tmp_path / "mask.nii.gz")
+    (tmp_path / "manifest.csv").write_text(
+        "image,patient_id,split,present,lesion_mask,attribute_sex,attribute_age\n"
+        "a.nii.gz,1,train,1,mask.nii.gz,f, \n"
+        "b.nii.gz,2,test,0,,m,old\n"
+    )
+    cohort = load_cohort("north", [tmp_path / "manifest.csv"], task, PixelSpec(image_size=40))
+    (first,), (second,) = cohort.train, cohort.test
+    assert first.attributes == {"sex": "f"}
+    assert second.attributes == {"sex": "m", "age": "old"}
+    assert first.spacing_mm == (0.25, 0.5)  # 20 x 10 pixels of 0.5 x 2.0 mm became 40 x 40
+    assert second.spacing_mm is None
+    outline = read_expert_mask(first)
+    assert outline is not None
+    assert outline.shape == (40, 40)
+    assert np.array_equal(outline, np.kron(mask > 0, np.ones((2, 4), dtype=bool)))
+    assert read_expert_mask(second) is None
+    (tmp_path / "mask.nii.gz").unlink()
+    with pytest.raises(DataError, match="lesion_mask"):
+        load_cohort("north", [tmp_path / "manifest.csv"], task, PixelSpec(image_size=40))

@@ -31,6 +31,8 @@ USUAL: dict[str, Any] = {
     "views": 2,
     "min_honest": None,
     "num_parameters": None,
+    "evaluation_noise": None,
+    "num_evaluations": 0,
 }
 
 CONFIG: dict[str, Any] = {
@@ -63,6 +65,22 @@ NOTHING_PRIVATE = plan(trust="none", noise_multiplier=0.0)
     [
         ({"trust": "server"}, "Expected trust 'site', 'consortium' or 'none', got 'server'; choose who is trusted"),
         ({"trust": "consortium"}, "Expected min_honest as an integer >= 1, got None; give a whole number"),
+        (
+            {"evaluation_noise": 0.0, "num_evaluations": 2},
+            "Expected a finite evaluation_noise > 0, got 0.0; counts without noise are not private.",
+        ),
+        (
+            {"evaluation_noise": 4.0},
+            "Expected num_evaluations as an integer >= 1, got 0; give a whole number.",
+        ),
+        (
+            {"num_evaluations": 2},
+            "Expected evaluation_noise for 2 evaluations, got none; give it.",
+        ),
+        (
+            {"evaluation_noise": 4.0, "num_evaluations": 2, "unit": "record", "images_per_patient": None},
+            "Expected evaluation_noise with trust 'site' and unit 'patient' alone, got 'site' and 'record'; remove it.",
+        ),
         (
             {"min_honest": 3},
             "Expected min_honest and num_parameters with trust 'consortium' alone, got them with 'site'",
@@ -352,3 +370,13 @@ def test_shared_noise_is_calibrated_to_its_epsilon_and_held_to_it() -> None:
             min_honest=3,
             num_parameters=1000,
         )
+
+
+def test_event_of_a_plan_with_evaluations_costs_what_the_plan_says() -> None:
+    from dp_accounting.pld import PLDAccountant
+
+    noised = plan(evaluation_noise=4.0, num_evaluations=3)
+    accountant = PLDAccountant()
+    epsilon = accountant.compose(noised.event).get_epsilon(noised.delta)
+    assert noised.epsilon.value == pytest.approx(epsilon, abs=0.03)
+    assert noised.epsilon.value > plan().epsilon.value

@@ -1,0 +1,57 @@
+"""What a reader of a report might take for granted and the run does not show."""
+
+from __future__ import annotations
+
+from medfed.study import StudyConfig
+from server.evaluation import Evaluation
+
+
+def not_measured(study: StudyConfig, evaluation: Evaluation | None) -> list[str]:
+    """One sentence for each gap; what was evaluated is none.
+
+    Args:
+        study: that was run.
+        evaluation: what was measured after training; None if nothing was.
+    """
+    gaps = _of_the_task(study, evaluation)
+    if evaluation is None:
+        gaps.append(
+            "Confidence intervals and significance: one seed and the few held-out patients above; "
+            "small differences may be chance."
+        )
+    else:
+        gaps.append("Chance in training: one seed; intervals are over patients, not over repetitions of the study.")
+    gaps += [
+        "Privacy against an attacker: no attack was tried on the updates"
+        + (", and no privacy budget was spent or accounted for." if study.privacy is None else "."),
+        "A real network: delays, drop-outs and sites on other hardware.",
+    ]
+    if evaluation is None or not evaluation.difference("being_in"):
+        gaps.append("Sites outside of the study: nobody was left out to be tried on (--leave-one-out does).")
+    if evaluation is None or not evaluation.groups:
+        gaps.append("Fairness between groups of patients: the data names none (columns attribute_... of a manifest).")
+    gaps.append("Benefit to any patient.")
+    if study.cohort is not None:
+        gaps.append("Real hospitals: scanners are modelled and patients are synthetic.")
+    return gaps
+
+
+def _of_the_task(study: StudyConfig, evaluation: Evaluation | None) -> list[str]:
+    if study.task.kind == "segmentation":
+        distance = (
+            ["Surface distance (Hausdorff, average surface distance): Dice alone hides where an outline is wrong."]
+            if evaluation is None
+            else []
+        )
+        return [
+            *distance,
+            "Volume error, and surfaces in three dimensions: every slice is judged by itself.",
+            "Finding a structure: the box prompt is drawn around the reference mask.",
+            "Calibration of the predicted masks.",
+        ]
+    if evaluation is None:
+        return [
+            "Calibration, and sensitivity at a chosen specificity: balanced accuracy takes the likeliest class.",
+            "Area under the ROC curve.",
+        ]
+    return ["A threshold fixed beforehand: the one behind the sensitivity shown was chosen on the same patients."]
