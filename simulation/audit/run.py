@@ -7,25 +7,20 @@ system, also where the run itself, on made-up patients, drew from the study's se
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from client.data import Cohort
 from client.private_round import engine_for
 from client.private_trainer import units_of
 from client.round_start import own_state, shared_state
-from client.site import SITES_VARIABLE, Site, forget_sites, site_of_partition
-from medfed.device import choose_device
-from medfed.errors import CheckpointError, StudyError
-from medfed.models.adapted import AdaptedModel, adapted_model
+from medfed.errors import CheckpointError
 from medfed.models.folding import ModelState
-from medfed.study import FEDERATED, StudyConfig
+from medfed.study import FEDERATED
 from medfed.tasks import task_of
+from privacy.per_sample.engine import Engine
 from privacy.plan import PrivacyPlan
 from privacy.randomness import RandomStream
 from server.audit_result import AUDIT, AuditBound, AuditResult, Membership
@@ -36,14 +31,12 @@ from simulation.audit.findings import Finding, game_findings, one_run_finding
 from simulation.audit.inversion import invert
 from simulation.audit.membership import losses_by_patient, membership
 from simulation.audit.notes import Demonstration, notes
-from simulation.audit.steps import SiteTraining, Streams
+from simulation.audit.scene import Scene
+from simulation.audit.steps import SiteTraining
 from simulation.audit.whitebox import play, run_once
 from simulation.overlays import displayable
 from simulation.progress import Reporter, Silent
-from simulation.run_folder import stored_options, stored_study
-from strategies.narrowed import trainable_of
 from strategies.registry import strategy_of
-from strategies.subspace import Subspace
 
 CONFIDENCE = 0.99
 """Of all bounds together: each of the five attacks may be wrong with a fifth of the rest."""
@@ -82,14 +75,10 @@ def audit_run(
     started_s = time.monotonic()
     effort, reporter = effort or Effort(), reporter or Silent()
     reporter.stage("opening the run")
-    scene = _Scene.of(folder, site)
+    scene = Scene.of(folder, site)
     study, plan = scene.study, scene.plan
 
-    findings: list[Finding] = []
-    if plan is not None:
-        findings += _whitebox(scene, plan, effort, reporter)
-    findings.append(_images(scene, effort, reporter))
-    bounds = tuple(_bound(finding) for finding in findings)
+    bounds = lower_bounds(scene, effort, reporter)
     reporter.stage("membership inference")
     inferred = () if study.withholds_evaluation else _membership(scene)
     reporter.stage("inverting a gradient")
@@ -127,70 +116,18 @@ def audit_run(
     return result
 
 
-@dataclass(frozen=True, eq=False)
-class _Scene:
-    """A run, opened for its audit."""
-
-    folder: Path
-    study: StudyConfig
-    model: AdaptedModel
-    sites: Sequence[Site]
-    site: Site
-    cohort: Cohort
-    plan: PrivacyPlan | None
-    trainable: Subspace
-
-    @classmethod
-    def of(cls, folder: Path, name: str | None) -> _Scene:
-        study, options = stored_study(folder), stored_options(folder)
-        if options is None or not (folder / "sites.json").is_file():
-            raise CheckpointError(f"Expected a run of medfed simulate at {folder}, got no sites; check the path.")
-        if name is not None and name not in study.site_names:
-            raise StudyError(f"Expected a site of {', '.join(study.site_names)}, got {name!r}.")
-        os.environ[SITES_VARIABLE] = str(folder / "sites.json")
-        forget_sites()
-        sites = [site_of_partition(index) for index in range(len(study.site_names))]
-        site = next(one for one in sites if one.name == (name or study.site_names[0]))
-        model = adapted_model(study, choose_device(options.device))
-        cohort = site.cohort(study, model.pixels)
-        if options.cohorts.get(site.name) not in (None, cohort.digest):
-            raise CheckpointError(f"Expected the data that the run was made on, got other data at {site.name!r}.")
-        strategy = strategy_of(study)
-        plan = None if study.privacy is None else PrivacyPlan.of_study(study)
-        trainable = trainable_of(strategy.rule, strategy.plan(1), site.name)
-        model.put(ModelState(model.initial_P))
-        return cls(folder, study, model, sites, site, cohort, plan, trainable)
-
-    @property
-    def is_made_up(self) -> bool:
-        """Whether nobody is real, and the run drew from the study's seed."""
-        return self.study.cohort is not None
-
-    @property
-    def streams(self) -> Streams:
-        """Where the audited training draws from: at a hospital what the site has, else the operating system."""
-        if self.is_made_up:
-            return lambda _round: RandomStream.from_system()
-        return lambda number: self.site.random_stream(FEDERATED, number)
-
-    def guessed(self, number: int) -> RandomStream:
-        """Where the training would draw from if its noise followed from the study."""
-        return RandomStream.for_simulation(self.study.seed, self.site.name, FEDERATED, number)
+def lower_bounds(scene: Scene, effort: Effort, reporter: Reporter) -> tuple[AuditBound, ...]:
+    """The lower bounds of all attacks; together they hold with :data:`CONFIDENCE`."""
+    bounds: tuple[AuditBound, ...] = ()
+    if scene.plan is not None:
+        bounds = game_bounds(scene, scene.plan, effort, reporter)
+        bounds += (_gradients(scene, scene.plan, effort, reporter),)
+    return (*bounds, _bound(_images(scene, effort, reporter)))
 
 
-def _whitebox(scene: _Scene, plan: PrivacyPlan, effort: Effort, reporter: Reporter) -> list[Finding]:
-    engine = engine_for(scene.study, scene.model, scene.trainable, scene.site)
-    declared = scene.study.declared_units(scene.site.name)
-    assert declared is not None
-    training = SiteTraining(
-        scene.model,
-        task_of(scene.study.task),
-        plan,
-        scene.study.training,
-        scene.trainable,
-        scene.model.initial_P,
-        declared,
-    )
+def game_bounds(scene: Scene, plan: PrivacyPlan, effort: Effort, reporter: Reporter) -> tuple[AuditBound, ...]:
+    """The lower bounds of many short runs."""
+    training, engine = _training(scene, plan)
     reporter.start("many short runs", effort.runs)
     scores = play(
         training,
@@ -202,6 +139,12 @@ def _whitebox(scene: _Scene, plan: PrivacyPlan, effort: Effort, reporter: Report
         coins=RandomStream.from_system(),
         done=reporter.step,
     )
+    reporter.stage("bounds")
+    return tuple(_bound(finding) for finding in game_findings(scores, plan, confidence=_each()))
+
+
+def _gradients(scene: Scene, plan: PrivacyPlan, effort: Effort, reporter: Reporter) -> AuditBound:
+    training, engine = _training(scene, plan)
     reporter.start("one run with canaries in its gradients", plan.num_rounds)
     once = run_once(
         training,
@@ -213,14 +156,20 @@ def _whitebox(scene: _Scene, plan: PrivacyPlan, effort: Effort, reporter: Report
         coins=RandomStream.from_system(),
         done=reporter.step,
     )
-    reporter.stage("bounds")
-    return [
-        *game_findings(scores, plan, confidence=_each()),
-        one_run_finding("one-run-gradients", once.scores_M, once.included_M, plan, confidence=_each()),
-    ]
+    return _bound(one_run_finding("one-run-gradients", once.scores_M, once.included_M, plan, confidence=_each()))
 
 
-def _images(scene: _Scene, effort: Effort, reporter: Reporter) -> Finding:
+def _training(scene: Scene, plan: PrivacyPlan) -> tuple[SiteTraining, Engine]:
+    declared = scene.study.declared_units(scene.site.name)
+    assert declared is not None
+    task, initial_P = task_of(scene.study.task), scene.model.initial_P
+    training = SiteTraining(
+        scene.model, task, plan, scene.study.training, scene.trainable, initial_P, declared_units=declared
+    )
+    return training, engine_for(scene.study, scene.model, scene.trainable, scene.site)
+
+
+def _images(scene: Scene, effort: Effort, reporter: Reporter) -> Finding:
     """The black-box attack. A site that shares its noise trains alone here, and then adds all of it."""
     alone = None if scene.plan is None else scene.plan.alone
     training = Training(
@@ -246,7 +195,7 @@ def _images(scene: _Scene, effort: Effort, reporter: Reporter) -> Finding:
     return one_run_finding("one-run-images", scores.scores_M, scores.included_M, scene.plan, confidence=_each())
 
 
-def _membership(scene: _Scene) -> tuple[Membership, ...]:
+def _membership(scene: Scene) -> tuple[Membership, ...]:
     study, model, strategy = scene.study, scene.model, strategy_of(scene.study)
     final = read_checkpoint(scene.folder, study.resolved_manifest, study_digest=study.digest, scope=FEDERATED)
     if final is None:
