@@ -1,9 +1,9 @@
 """Private training broken on purpose, and what the audit says of it.
 
-    python benchmarks/broken_mechanisms.py [RUNS]
+    python benchmarks/broken_mechanisms.py [RUNS] > docs/results/audit-broken.json
 
 Each way to break it replaces one name in :mod:`client.private_trainer`, the real training code, while the audit plays
-its game; nothing of this is part of the product. Prints one JSON object for each mechanism: what is claimed, what
+its game; nothing of this is part of the product. Prints a JSON list: for each mechanism what is claimed, what
 each attack finds, and which of them refute the claim. RUNS is 1000 if left out; about two minutes on one core.
 """
 
@@ -13,7 +13,8 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -26,9 +27,11 @@ from client.data import Item
 from client.features import FeatureCache
 from medfed.models.adapted import adapted_model, resolve
 from medfed.study import StudyConfig
+from medfed.study_sections import PrivacyConfig
 from medfed.tasks import task_of
 from privacy.clipping import ClippedSum, PatientSum
 from privacy.noise import add_gaussian, hardened_normal
+from privacy.per_sample.engine import Engine
 from privacy.plan import PrivacyPlan
 from privacy.randomness import RandomStream
 from simulation.audit.findings import Finding, game_findings
@@ -183,8 +186,22 @@ MECHANISMS = (
 )
 
 
-def site_training(privacy: dict[str, Any]) -> tuple[SiteTraining, Any, Item]:
-    """A site of the smallest study: a linear head on a random stand-in, 130 parameters."""
+PRIVACY: dict[str, Any] = {
+    "trust": "site",
+    "unit": "patient",
+    "noise_multiplier": 1.5,
+    "delta": 0.01,
+    "clip_norm": 0.5,
+    "sampling_rate": 0.5,
+    "steps_per_round": 4,
+    "images_per_patient": 1,
+    "evaluation": "withheld",
+}
+
+
+@cache
+def site_training() -> tuple[SiteTraining, Engine, Item]:
+    """A site of the smallest study, its engine, and an image: a linear head on a random stand-in, 130 parameters."""
     study = StudyConfig.model_validate(
         {
             "name": "broken",
@@ -193,18 +210,7 @@ def site_training(privacy: dict[str, Any]) -> tuple[SiteTraining, Any, Item]:
             "adapter": {"method": "heads"},
             "task": {"kind": "classification", "targets": {"side": ["left", "right"]}},
             "training": {"batch_size": 2, "learning_rate": 0.1, "optimizer": "sgd"},
-            "privacy": {
-                "trust": "site",
-                "unit": "patient",
-                "noise_multiplier": 1.5,
-                "delta": 0.01,
-                "clip_norm": 0.5,
-                "sampling_rate": 0.5,
-                "steps_per_round": 4,
-                "images_per_patient": 1,
-                "evaluation": "withheld",
-                **privacy,
-            },
+            "privacy": PRIVACY,
             "rounds": {"num_rounds": 1},
             "sites": [{"name": "north", "data": "nowhere.csv", "declared_patients": 10}],
         }
@@ -217,16 +223,15 @@ def site_training(privacy: dict[str, Any]) -> tuple[SiteTraining, Any, Item]:
     engine = private_trainer.checked_engine(
         model, task, study, trainable=trainable, example=like, features=FeatureCache()
     )
-    training = SiteTraining(
-        model, task, PrivacyPlan.of_study(study), study.training, trainable, model.initial_P, declared_units=10
-    )
-    return training, engine, like
+    plan = PrivacyPlan.of_study(study)
+    return SiteTraining(model, task, plan, study.training, trainable, model.initial_P, 10), engine, like
 
 
 def audit(mechanism: Mechanism, *, runs: int, coins: RandomStream, noise: Streams = of_system) -> list[Finding]:
     """The findings of all attackers of many runs; ``noise`` is for mechanisms without streams of their own."""
-    training, engine, like = site_training(mechanism.privacy)
-    streams = mechanism.streams or noise
+    training, engine, like = site_training()
+    config = PrivacyConfig.model_validate({**PRIVACY, **mechanism.privacy})
+    training, streams = replace(training, plan=PrivacyPlan.of(config, 1)), mechanism.streams or noise
 
     def findings() -> list[Finding]:
         scores = play(training, engine, like=like, num_runs=runs, streams=streams, guessed=of_seed, coins=coins)
@@ -240,19 +245,19 @@ def audit(mechanism: Mechanism, *, runs: int, coins: RandomStream, noise: Stream
 
 def main(runs: int) -> None:
     """Audits each mechanism and prints what was found."""
+    rows = []
     for mechanism in MECHANISMS:
         findings = audit(mechanism, runs=runs, coins=RandomStream.from_system())
-        print(
-            json.dumps(
-                {
-                    "mechanism": mechanism.name,
-                    "claimed": round(findings[0].claimed, 2),
-                    "delta": findings[0].delta,
-                    "bounds": {finding.attack: round(finding.epsilon, 2) for finding in findings},
-                    "refuted_by": [finding.attack for finding in findings if finding.exceeds],
-                }
-            )
+        rows.append(
+            {
+                "mechanism": mechanism.name,
+                "claimed": round(findings[0].claimed, 2),
+                "delta": findings[0].delta,
+                "bounds": {finding.attack: round(finding.epsilon, 2) for finding in findings},
+                "refuted_by": [finding.attack for finding in findings if finding.exceeds],
+            }
         )
+    print(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

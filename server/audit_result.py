@@ -102,7 +102,7 @@ class Inversion(_Frozen):
 
     Attributes:
         protection: of the update.
-        psnr_db: peak signal-to-noise ratio beside the original, at most 150.
+        psnr_db: peak signal-to-noise ratio beside the original, at most 120, which is exact.
         ssim: structural similarity; 1 is equal.
     """
 

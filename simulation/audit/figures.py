@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from server.audit_result import ATTACKS, AuditResult
-from simulation.audit.inversion import Image, Reconstruction
+from simulation.audit.inversion import EXACT_DB, Image, Reconstruction
 
 _INK = "#010203"  # of no mark; becomes the colour of the text around
 _BOUND, _REFUTED, _CLAIM = "#2a7fc4", "#c8102e", "#808080"
@@ -33,7 +33,7 @@ def draw_bounds(audit: AuditResult) -> str:
         axes.set_yticks(range(len(audit.bounds)), [ATTACKS[bound.attack] for bound in audit.bounds], parse_math=False)
         axes.set_ylim(len(audit.bounds) - 0.5, -0.5)
         axes.set_xlim(left=0)
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, pad=9)
         axes.grid(axis="x", color=_INK, alpha=0.15, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.set_xlabel("epsilon")
@@ -49,7 +49,7 @@ def draw_inversion(original_HW: Image, found: Sequence[Reconstruction]) -> str:
     from matplotlib.figure import Figure
 
     with _style("audit-inversion"):
-        figure = Figure(figsize=(_WIDTH_IN, 2.15), facecolor=_BLACK, layout="constrained")
+        figure = Figure(figsize=(_WIDTH_IN, 1.88), facecolor=_BLACK, layout="constrained")
         panels = figure.subplots(1, 1 + len(found))
         titles = ["original", *(_title(one) for one in found)]
         for axes, title, image_HW in zip(panels, titles, [original_HW, *(one.image_HW for one in found)], strict=True):
@@ -61,7 +61,8 @@ def draw_inversion(original_HW: Image, found: Sequence[Reconstruction]) -> str:
 
 def _title(one: Reconstruction) -> str:
     words = {"off": "no protection", "clipped": "clipped", "clipped and noised": "clipped, noised", "masked": "masked"}
-    return f"{words[one.result.protection]}\n{one.result.psnr_db:.0f} dB, SSIM {one.result.ssim:.2f}"
+    likeness = "exact" if one.result.psnr_db >= EXACT_DB else f"{one.result.psnr_db:.0f} dB"
+    return f"{words[one.result.protection]}\n{likeness}, SSIM {one.result.ssim:.2f}"
 
 
 def _style(name: str) -> Any:

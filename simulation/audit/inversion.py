@@ -30,7 +30,8 @@ from server.audit_result import Inversion
 
 SIDE_PX = 64
 UNITS = 16
-_MOST_DB = 150.0
+EXACT_DB = 120.0
+"""A PSNR from which on the difference is the rounding of float32; none larger is reported."""
 
 Image = NDArray[np.float32]
 
@@ -124,11 +125,11 @@ def _masked(update_P: Tensor, *, clip_norm: float) -> Tensor:
 
 
 def likeness(original_HW: Image, image_HW: Image) -> tuple[float, float]:
-    """PSNR in dB, at most 150, and SSIM (Wang et al. 2004, from MONAI), of grey levels in [0, 1]."""
+    """PSNR in dB, at most :data:`EXACT_DB`, and SSIM (Wang et al. 2004, from MONAI), of grey levels in [0, 1]."""
     from monai.metrics.regression import SSIMMetric
 
     error = float(np.mean((original_HW.astype(np.float64) - image_HW) ** 2))
-    psnr_db = _MOST_DB if error == 0 else min(_MOST_DB, -10 * float(np.log10(error)))
+    psnr_db = EXACT_DB if error == 0 else min(EXACT_DB, -10 * float(np.log10(error)))
     pair = [torch.from_numpy(np.ascontiguousarray(one))[None, None] for one in (original_HW, image_HW)]
     ssim = float(SSIMMetric(spatial_dims=2, data_range=1.0)(*pair).mean())
     return psnr_db, ssim

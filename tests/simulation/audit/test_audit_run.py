@@ -73,17 +73,6 @@ def test_run_without_privacy_has_attacks_and_no_claim(
     assert "Nothing is promised" in result.sentence
 
 
-def test_run_with_trust_none_shows_what_steps_without_noise_give_away(
-    make_private_study: Callable[..., StudyConfig], make_run: MakeRun
-) -> None:
-    study = make_private_study(trust="none", noise_multiplier=None, sampling_rate=1.0)
-    result = audit_run(make_run(study), effort=Effort(runs=200, canaries=12))
-    likelihood = result.bounds[0]
-    assert likelihood.claimed is None
-    assert likelihood.epsilon > 1.5
-    assert not result.refuted
-
-
 @pytest.mark.parametrize("broken", [{}, {"noise": 1}])
 def test_damaged_audit_is_refused(tmp_path: Path, broken: dict[str, Any]) -> None:
     assert read_audit(tmp_path) is None

@@ -11,7 +11,7 @@ import pytest
 from privacy.randomness import RandomStream
 
 ROOT = Path(__file__).parents[3]
-RUNS = 400
+RUNS = 300
 
 
 def _script() -> ModuleType:

@@ -169,6 +169,20 @@ def test_shared_noise_is_audited_and_a_site_that_forgets_its_share_is_caught(
     assert exceeding() == ["likelihood"]
 
 
+def test_steps_without_noise_claim_nothing_and_show_as_much_as_the_runs_allow(make_world: Callable[..., World]) -> None:
+    training, engine, items = without_noise(make_world(sampling_rate=1.0, steps_per_round=1))
+    scores = play(
+        training, engine, like=items[0], num_runs=200,
+        streams=lambda _: RandomStream.from_system(),
+        guessed=lambda _: RandomStream.for_simulation(0),
+        coins=RandomStream.for_simulation(4),
+    )  # fmt: skip
+    likelihood = game_findings(scores, training.plan, confidence=0.998)[0]
+    assert (likelihood.claimed, likelihood.num_correct) == (math.inf, 200)
+    assert likelihood.epsilon > 1.5
+    assert not likelihood.exceeds
+
+
 @pytest.mark.parametrize(("rate", "noise"), [(0.3, 0.8), (1.0, 2.0)])
 def test_likelihood_ratio_is_that_of_the_densities(rate: float, noise: float) -> None:
     seen_TM = np.random.default_rng(0).normal(size=(4, 3)) * 2
