@@ -1,0 +1,99 @@
+"""The audit as a section of the report: a sentence, bounds beside the claim, figures, and what was not tried.
+
+The figures are part of the page and take its colours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from medfed.errors import CheckpointError
+from server.audit_result import ATTACKS, read_audit
+
+FIGURES = {
+    "audit-bounds.svg": "Lower bounds on epsilon (dots) beside what is claimed at the same delta (bars).",
+    "audit-inversion.svg": "One training image, and what an attacker makes of an update of a first layer that was "
+    "computed from it alone; see the notes.",
+}
+"""Files in the run's ``figures`` folder, with captions."""
+
+_TEMPLATE = """<section id="audit">
+<h2>Audit of the promise</h2>
+<p{% if audit.refuted %} class="privacy" role="alert"{% endif %}>{{ audit.sentence }}</p>
+{% if audit.bounds %}
+<div class="wide"><table>
+<caption>Site {{ audit.site }}; all bounds together hold with a confidence of
+{{ "%.0f" | format(100 * audit.confidence) }} %.</caption>
+<thead><tr><th scope="col">attack</th><th scope="col" class="number">delta</th>
+<th scope="col" class="number">claimed epsilon</th><th scope="col" class="number">lower bound</th>
+<th scope="col" class="number">guessed right</th></tr></thead>
+<tbody>
+{% for bound in audit.bounds %}
+<tr><th scope="row">{{ attacks[bound.attack] }}</th><td class="number">{{ "%g" | format(bound.delta) }}</td>
+<td class="number">{{ "none" if bound.claimed is none else "%.2f" | format(bound.claimed) }}</td>
+<td class="number">{% if bound.exceeds %}<b>{{ "%.2f" | format(bound.epsilon) }}, above it</b>{% else %}
+{{- "%.2f" | format(bound.epsilon) }}{% endif %}</td>
+<td class="number">{{ bound.num_correct }} of {{ bound.num_guessed }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
+{% if audit.membership %}
+<div class="wide"><table>
+<caption>Who was in the training, told from the released adapter:
+{{ audit.membership[0].num_members }} training and {{ audit.membership[0].num_others }} held-out patients of all sites;
+95 % intervals. An area of 0.5 is guessing.</caption>
+<thead><tr><th scope="col">membership inference</th><th scope="col" class="number">area under ROC</th>
+{% for hit in audit.membership[0].hits %}
+<th scope="col" class="number">found at {{ "%g" | format(100 * hit.false_alarm_rate) }} % false alarms</th>
+{% endfor %}</tr></thead>
+<tbody>
+{% for one in audit.membership %}
+<tr><th scope="row">{{ membership[one.attack] }}</th>
+<td class="number">{{ "%.2f (%.2f to %.2f)" | format(one.auroc, one.low, one.high) }}</td>
+{% for hit in one.hits %}
+<td class="number">{{ "%.1f %% (%.1f to %.1f)" | format(100 * hit.share, 100 * hit.low, 100 * hit.high) }}</td>
+{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
+{% for figure, caption in figures %}
+<figure>{{ figure | safe }}<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+<ul class="soft">{% for note in audit.notes %}<li>{{ note }}</li>{% endfor %}</ul>
+</section>
+"""
+
+MEMBERSHIP = {"loss": "low loss", "calibrated": "loss that fell since before training"}
+"""Each membership attack in words."""
+
+
+def audit_fragment(folder: Path) -> str:
+    """The section of a run's audit as HTML for the report's page; empty if the run was not audited.
+
+    Args:
+        folder: of the run; ``audit.json``, and ``figures/audit-*.svg`` as far as they are there.
+
+    Raises:
+        CheckpointError: if the audit is damaged, or a figure is not a drawing.
+    """
+    audit = read_audit(folder)
+    if audit is None:
+        return ""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_TEMPLATE).render(
+        audit=audit, attacks=ATTACKS, membership=MEMBERSHIP, figures=list(_figures(folder / "figures"))
+    )
+
+
+def _figures(folder: Path) -> list[tuple[str, str]]:
+    drawn = []
+    for name, caption in FIGURES.items():
+        if not (folder / name).is_file():
+            continue
+        text = (folder / name).read_text("utf-8")
+        if not text.startswith("<svg") or "<script" in text:
+            raise CheckpointError(f"Expected a drawing at {folder / name}, got something else; run medfed audit again.")
+        drawn.append((text, caption))
+    return drawn

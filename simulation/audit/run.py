@@ -1,0 +1,240 @@
+"""The audit of a run: a site's training once more, attacked, beside what the study claims.
+
+Steps that are real patients' at a hospital are audited as they would be there: draws and noise come from the operating
+system, also where the run itself, on made-up patients, drew from the study's seed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from client.private_round import engine_for
+from client.private_trainer import units_of
+from client.round_start import own_state, shared_state
+from medfed.errors import CheckpointError
+from medfed.models.folding import ModelState
+from medfed.study import FEDERATED
+from medfed.tasks import task_of
+from privacy.per_sample.engine import Engine
+from privacy.plan import PrivacyPlan
+from privacy.randomness import RandomStream
+from server.audit_result import AUDIT, AuditBound, AuditResult, Membership
+from server.checkpoint import read_checkpoint, write_durably
+from simulation.audit.blackbox import Training, mislabelled, score_images
+from simulation.audit.figures import draw_bounds, draw_inversion
+from simulation.audit.findings import Finding, game_findings, one_run_finding
+from simulation.audit.inversion import invert
+from simulation.audit.membership import losses_by_patient, membership
+from simulation.audit.notes import Demonstration, notes
+from simulation.audit.scene import Scene
+from simulation.audit.steps import SiteTraining
+from simulation.audit.whitebox import play, run_once
+from simulation.overlays import displayable
+from simulation.progress import Reporter, Silent
+from strategies.registry import strategy_of
+
+CONFIDENCE = 0.99
+"""Of all bounds together: each of the five attacks may be wrong with a fifth of the rest."""
+
+_NUM_ATTACKS = 5
+_GRADIENT_CANARIES = 4  # times as many as images: they cost next to nothing
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is tried.
+
+    Attributes:
+        runs: short runs with and without a canary; >= 20.
+        canaries: mislabelled images of one run; >= 10.
+    """
+
+    runs: int = 1000
+    canaries: int = 100
+
+
+def audit_run(
+    folder: Path, *, site: str | None = None, effort: Effort | None = None, reporter: Reporter | None = None
+) -> AuditResult:
+    """Audits a finished run; writes ``audit.json`` and ``figures/audit-*.svg`` into its folder.
+
+    Args:
+        folder: of a run of ``medfed simulate``.
+        site: whose training is run again; the first of the study by default.
+        effort: how much is tried.
+        reporter: is told of progress.
+
+    Raises:
+        MedfedError: with one line that says what to change.
+    """
+    started_s = time.monotonic()
+    effort, reporter = effort or Effort(), reporter or Silent()
+    reporter.stage("opening the run")
+    scene = Scene.of(folder, site)
+    study, plan = scene.study, scene.plan
+
+    bounds = lower_bounds(scene, effort, reporter)
+    reporter.stage("membership inference")
+    inferred = () if study.withholds_evaluation else _membership(scene)
+    reporter.stage("inverting a gradient")
+    demonstrated = Demonstration.of(plan)
+    original_HW, inverted = invert(
+        displayable(scene.cohort.train[0].image_CHW, scene.model.pixels),
+        clip_norm=demonstrated.clip_norm,
+        noise_multiplier=demonstrated.noise_multiplier,
+        stream=RandomStream.from_system(),
+        seed=study.seed,
+    )
+
+    is_private = plan is not None and plan.is_private
+    result = AuditResult(
+        study=study.name,
+        study_digest=study.digest,
+        site=scene.site.name,
+        unit=None if plan is None else plan.unit,
+        trust=None if plan is None else plan.trust,
+        claimed=plan.epsilon.value if plan is not None and is_private else None,
+        delta=plan.delta if plan is not None and is_private else None,
+        noise_multiplier=plan.noise_multiplier if plan is not None and is_private else None,
+        steps=None if plan is None else plan.total_steps,
+        confidence=CONFIDENCE,
+        bounds=bounds,
+        membership=inferred,
+        inversion=tuple(one.result for one in inverted),
+        notes=notes(study, plan, demonstrated, nothing_claimed=any(bound.claimed is None for bound in bounds)),
+        wall_s=round(time.monotonic() - started_s, 1),
+    )
+    figures = folder / "figures"
+    write_durably(figures / "audit-bounds.svg", draw_bounds(result).encode())
+    write_durably(figures / "audit-inversion.svg", draw_inversion(original_HW, inverted).encode())
+    write_durably(folder / AUDIT, result.model_dump_json(indent=2).encode())
+    return result
+
+
+def lower_bounds(scene: Scene, effort: Effort, reporter: Reporter) -> tuple[AuditBound, ...]:
+    """The lower bounds of all attacks; together they hold with :data:`CONFIDENCE`."""
+    bounds: tuple[AuditBound, ...] = ()
+    if scene.plan is not None:
+        bounds = game_bounds(scene, scene.plan, effort, reporter)
+        bounds += (_gradients(scene, scene.plan, effort, reporter),)
+    return (*bounds, _bound(_images(scene, effort, reporter)))
+
+
+def game_bounds(scene: Scene, plan: PrivacyPlan, effort: Effort, reporter: Reporter) -> tuple[AuditBound, ...]:
+    """The lower bounds of many short runs."""
+    training, engine = _training(scene, plan)
+    reporter.start("many short runs", effort.runs)
+    scores = play(
+        training,
+        engine,
+        like=scene.cohort.train[0],
+        num_runs=effort.runs,
+        streams=scene.streams,
+        guessed=scene.guessed,
+        coins=RandomStream.from_system(),
+        done=reporter.step,
+    )
+    reporter.stage("bounds")
+    return tuple(_bound(finding) for finding in game_findings(scores, plan, confidence=_each()))
+
+
+def _gradients(scene: Scene, plan: PrivacyPlan, effort: Effort, reporter: Reporter) -> AuditBound:
+    training, engine = _training(scene, plan)
+    reporter.start("one run with canaries in its gradients", plan.num_rounds)
+    once = run_once(
+        training,
+        engine,
+        patients=units_of(scene.cohort.train, plan.unit),
+        features=scene.site.features,
+        num_canaries=min(_GRADIENT_CANARIES * effort.canaries, scene.trainable.manifest.num_elements),
+        streams=scene.streams,
+        coins=RandomStream.from_system(),
+        done=reporter.step,
+    )
+    return _bound(one_run_finding("one-run-gradients", once.scores_M, once.included_M, plan, confidence=_each()))
+
+
+def _training(scene: Scene, plan: PrivacyPlan) -> tuple[SiteTraining, Engine]:
+    declared = scene.study.declared_units(scene.site.name)
+    assert declared is not None
+    task, initial_P = task_of(scene.study.task), scene.model.initial_P
+    training = SiteTraining(
+        scene.model, task, plan, scene.study.training, scene.trainable, initial_P, declared_units=declared
+    )
+    return training, engine_for(scene.study, scene.model, scene.trainable, scene.site)
+
+
+def _images(scene: Scene, effort: Effort, reporter: Reporter) -> Finding:
+    """The black-box attack. A site that shares its noise trains alone here, and then adds all of it."""
+    alone = None if scene.plan is None else scene.plan.alone
+    training = Training(
+        scene.study,
+        scene.model,
+        task_of(scene.study.task),
+        alone,
+        None if alone is None else engine_for(scene.study, scene.model, scene.trainable, scene.site),
+        scene.trainable,
+        scene.site.features,
+        scene.site.name,
+    )
+    coins = RandomStream.from_system()
+    reporter.start("one run with mislabelled images", scene.study.rounds.num_rounds)
+    scores = score_images(
+        training,
+        patients=units_of(scene.cohort.train, "patient" if alone is None else alone.unit),
+        canaries=mislabelled(scene.cohort.items, effort.canaries, coins),
+        streams=scene.streams,
+        coins=coins,
+        done=reporter.step,
+    )
+    return one_run_finding("one-run-images", scores.scores_M, scores.included_M, scene.plan, confidence=_each())
+
+
+def _membership(scene: Scene) -> tuple[Membership, ...]:
+    study, model, strategy = scene.study, scene.model, strategy_of(scene.study)
+    final = read_checkpoint(scene.folder, study.resolved_manifest, study_digest=study.digest, scope=FEDERATED)
+    if final is None:
+        raise CheckpointError(f"Expected a finished run at {scene.folder}, got no checkpoint; resume the run.")
+    shared = shared_state(strategy, final.adapter_P, final.broadcast)
+    task, before = task_of(study.task), ModelState(model.initial_P)
+    scores: dict[str, list[list[float]]] = {"loss": [[], []], "calibrated": [[], []]}
+    for site in scene.sites:
+        after, cohort = (
+            own_state(shared, strategy, final.round, study, FEDERATED, site),
+            site.cohort(study, model.pixels),
+        )
+        for split, items in enumerate((cohort.train, cohort.test)):
+            at_start, at_end = (
+                losses_by_patient(model, task, items, state=state, features=site.features) for state in (before, after)
+            )
+            scores["loss"][split] += [-loss for loss in at_end.values()]
+            scores["calibrated"][split] += [at_start[patient] - loss for patient, loss in at_end.items()]
+    generator = np.random.default_rng(study.seed)
+    return tuple(
+        membership(attack, np.array(members), np.array(others), generator=generator)
+        for attack, (members, others) in scores.items()
+    )
+
+
+def _each() -> float:
+    return 1 - (1 - CONFIDENCE) / _NUM_ATTACKS
+
+
+def _bound(finding: Finding) -> AuditBound:
+    return AuditBound.model_validate(
+        {
+            "attack": finding.attack,
+            "epsilon": finding.epsilon,
+            "claimed": finding.claimed if math.isfinite(finding.claimed) else None,
+            "delta": finding.delta,
+            "confidence": finding.confidence,
+            "num_trials": finding.num_trials,
+            "num_guessed": finding.num_guessed,
+            "num_correct": finding.num_correct,
+        }
+    )
