@@ -113,13 +113,14 @@ def evaluate(instruction: RoundInstruction, fields: Fields, site: Site) -> Field
         )
     state = evaluated_state(instruction, fields, study, site)
     if study.sums_securely_in(instruction.scope):
-        return reply_to(instruction, site).to_fields(
-            secure=_masked_counts(instruction, fields, study, model, site, state)
-        )
+        masked = _masked_counts(instruction, fields, study, model, site, state)
+        epsilon = told_epsilon(study, instruction, site) if study.noises_evaluation else None
+        return reply_to(instruction, site, epsilon=epsilon).to_fields(secure=masked)
     if study.noises_evaluation:
         released = release_noised(instruction, fields, study, model, site, state)
         assert isinstance(released, ReleasedCounts)
-        return reply_to(instruction, site, metrics=released.metrics).to_fields()
+        epsilon = told_epsilon(study, instruction, site)
+        return reply_to(instruction, site, metrics=released.metrics, epsilon=epsilon).to_fields()
     cohort = site.cohort(study, model.pixels)
     metrics = evaluate_locally(
         model,

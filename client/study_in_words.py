@@ -296,16 +296,8 @@ def _exchanges(study: StudyConfig, sums_per_keys: int) -> int:
     """How often keys are exchanged, if no round is lost."""
     if not sums_per_keys:
         return 0
-    sums = study.rounds.num_rounds + _evaluations(study)
+    sums = study.rounds.num_rounds + study.num_evaluations
     return -(-sums // sums_per_keys)
-
-
-def _evaluations(study: StudyConfig) -> int:
-    """How often held-out patients are evaluated: before the first round, on the way, and after the last."""
-    if study.withholds_evaluation:
-        return 0
-    rounds, every = study.rounds.num_rounds, study.rounds.evaluate_every
-    return 2 if every is None else 1 + rounds // every + (rounds % every != 0)
 
 
 def _told(study: StudyConfig, site: str) -> tuple[str, ...]:
@@ -325,9 +317,10 @@ def _told(study: StudyConfig, site: str) -> tuple[str, ...]:
     else:
         names = sorted(task_of(study.task).metric_names)
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        number = "" if masked else ", the number of held-out images"
+        number = "" if masked or study.noises_evaluation else ", the number of held-out images"
+        noised = " from noised counts" if study.noises_evaluation else ""
         found.append(
-            f"{_count(_evaluations(study), 'time', 'times')}, metrics of held-out patients ({shown})"
+            f"{_count(study.num_evaluations, 'time', 'times')}, metrics of held-out patients{noised} ({shown})"
             f"{', under masks' if masked else number}"
         )
     if masked:
@@ -370,7 +363,7 @@ def _not_protected(study: StudyConfig) -> tuple[str, ...]:
             "Patients with several images: each image is hidden on its own; a patient with n of them is hidden less, "
             "by about n times the epsilon."
         )
-    if not study.withholds_evaluation:
+    if study.shows_held_out:
         among = "summed over sites, but " if study.sums_securely else ""
         found.append(f"Held-out patients: their metrics leave {among}without noise.")
     found.append("That this hospital takes part, and when. What was sent cannot be called back.")

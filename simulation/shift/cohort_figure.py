@@ -37,7 +37,7 @@ from simulation.shift.print_style import (
 )
 
 _NUM_EXAMPLES = 4
-_ATTRIBUTES = ("sex", "age_group")
+_ATTRIBUTES = ("attribute_sex", "attribute_age_group")
 _NAME_IN, _TOP_IN, _BOTTOM_IN, _GAP_IN = 1.45, 0.55, 0.5, 0.12
 _BARS_LABEL_IN, _BARS_IN, _NUMBER_IN, _BAR_IN = 1.3, 1.6, 0.95, 0.16
 
@@ -149,7 +149,10 @@ def _attributes(site: ShownSite) -> dict[str, float]:
     shares: dict[str, float] = {}
     for column in _ATTRIBUTES:
         found = Counter(row[column] for row in rows.values() if row.get(column))
-        shares |= {f"{column.replace('_', ' ')}: {name}": found[name] / len(rows) for name in sorted(found)}
+        shares |= {
+            f"{column.removeprefix('attribute_').replace('_', ' ')}: {name}": found[name] / len(rows)
+            for name in sorted(found)
+        }
     return shares
 
 

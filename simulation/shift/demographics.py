@@ -56,7 +56,7 @@ class Person:
     @property
     def columns(self) -> dict[str, str]:
         """Columns of the manifest."""
-        return {"sex": self.sex, "age_group": self.age_group}
+        return {"attribute_sex": self.sex, "attribute_age_group": self.age_group}
 
 
 def draw_person(shift: DemographicShift, generator: np.random.Generator) -> Person:

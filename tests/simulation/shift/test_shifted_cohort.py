@@ -92,7 +92,7 @@ def test_families_of_annotators_change_the_annotation_and_leave_the_image() -> N
 def test_annotation_follows_anatomy_where_a_family_moves_it() -> None:
     """Under the body of another person the image moves, and what is annotated has the same brightness as before."""
     plain, old = example(None), example({"demographics": {"female": 1.0, "age_groups": [0, 0, 1]}})
-    assert old.columns == {"sex": "female", "age_group": "65-plus"}
+    assert old.columns == {"attribute_sex": "female", "attribute_age_group": "65-plus"}
     assert plain.columns == {}
     assert 0.4 < overlap(plain.label_HW, old.label_HW) < 1.0
     for index in (1, 2):
@@ -150,7 +150,7 @@ def test_lesion_cohort_records_what_its_hospital_sees(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert {row["lesion_present"] for row in rows if row["split"] == "train"} == {"0"}
     assert {(row["lesion_present"], row["lesion_side"]) for row in rows if row["split"] == "test"} == {("1", "2")}
-    assert all(row["sex"] in ("female", "male") and row["age_group"] for row in rows)
+    assert all(row["attribute_sex"] in ("female", "male") and row["attribute_age_group"] for row in rows)
 
 
 @pytest.mark.parametrize(
