@@ -14,6 +14,7 @@
         adapters/<site>/           each site's own, under strategies that let sites differ: what scores are of
         memories/                  what such sites remember between rounds
         summary.json  report.html  figures/
+        audit.json                 what `medfed audit` found, with figures/audit-*.svg
 """
 
 from __future__ import annotations
