@@ -34,10 +34,11 @@ def audit(
 ) -> None:
     """Attack a run, and set what the attacks show beside the claimed epsilon.
 
-    Runs one site's private training again with canaries, through the code that real patients go through; tells
-    members from others by the released adapter; and inverts a gradient with and without protection. Writes
-    audit.json and figures into the run folder. Ends with exit code 1 if a lower bound exceeds what is claimed.
+    Runs one site's private training again with canaries, through the code that real patients go through.
+    Tells members from others by the released adapter, and inverts a gradient with and without protection.
 
+    Writes audit.json and figures into the run folder; takes minutes.
+    Ends with exit code 1 if a lower bound exceeds what is claimed.
     A bound below the claim is a test passed, not a proof.
 
     [bold]Examples[/bold]

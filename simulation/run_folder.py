@@ -15,6 +15,7 @@
         memories/                  what such sites remember between rounds
         evaluation.json            intervals, calibration, surface distances and what else was measured
         summary.json  report.html  figures/
+        audit.json                 what `medfed audit` found, with figures/audit-*.svg
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from medfed.study_sections import TrainingConfig
 from medfed.tasks import Task
 from privacy.per_sample.engine import Engine
 from privacy.plan import PrivacyPlan
-from privacy.randomness import RandomStream
+from privacy.randomness import KEY_BYTES, RandomStream
 from strategies.subspace import Subspace
 
 Streams = Callable[[int], RandomStream]
@@ -133,7 +133,8 @@ class SiteTraining:
                 start_P=at_P,
                 fitting=lambda integers: integers,  # no sum here is so large that it has to be cut
                 features=features,
-                stream=stream if number == 0 else RandomStream.from_system(),
+                # Of the others after the site itself, which so draws what it draws at home.
+                stream=stream if number == 0 else RandomStream(stream.bytes(KEY_BYTES)),
             ).integers_Z
         return total / self.plan.l2_bound
 

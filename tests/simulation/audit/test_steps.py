@@ -4,6 +4,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,12 @@ from simulation.audit.whitebox import play
 from strategies.subspace import Core, Subspace
 
 World = tuple[SiteTraining, Engine, list]
+
+
+def unknown() -> Callable[[int], RandomStream]:
+    """Streams that no attacker knows, the same in every test run."""
+    numbers = count()
+    return lambda _: RandomStream.for_simulation(0, "unknown", next(numbers))
 
 
 @pytest.fixture
@@ -144,7 +151,7 @@ def test_noise_that_is_seen_is_the_noise_that_is_accounted(make_world: Callable[
     assert abs(ratio - 1) < 0.1
 
 
-def test_shared_noise_is_audited_and_a_site_that_forgets_its_share_is_caught(
+def test_shared_noise_is_audited_and_shares_of_a_third_of_the_noise_are_caught(
     make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training, engine, items = make_world()
@@ -153,7 +160,7 @@ def test_shared_noise_is_audited_and_a_site_that_forgets_its_share_is_caught(
     def exceeding() -> list[str]:
         scores = play(
             training, engine, like=items[0], num_runs=200,
-            streams=lambda _: RandomStream.from_system(),
+            streams=unknown(),
             guessed=lambda _: RandomStream.for_simulation(0),
             coins=RandomStream.for_simulation(3),
         )  # fmt: skip
@@ -161,10 +168,10 @@ def test_shared_noise_is_audited_and_a_site_that_forgets_its_share_is_caught(
 
     assert exceeding() == []
     skellam = importlib.import_module("privacy.skellam").add_skellam
-    shares = iter(range(10**9))
-    # Two of three sites add nothing: a third of the variance is left.
     monkeypatch.setattr(
-        private_trainer, "add_skellam", lambda sum_P, **given: sum_P if next(shares) % 3 else skellam(sum_P, **given)
+        private_trainer,
+        "add_skellam",
+        lambda sum_P, *, variance, stream: skellam(sum_P, variance=variance // 9, stream=stream),
     )
     assert exceeding() == ["likelihood"]
 
@@ -173,7 +180,7 @@ def test_steps_without_noise_claim_nothing_and_show_as_much_as_the_runs_allow(ma
     training, engine, items = without_noise(make_world(sampling_rate=1.0, steps_per_round=1))
     scores = play(
         training, engine, like=items[0], num_runs=200,
-        streams=lambda _: RandomStream.from_system(),
+        streams=unknown(),
         guessed=lambda _: RandomStream.for_simulation(0),
         coins=RandomStream.for_simulation(4),
     )  # fmt: skip
