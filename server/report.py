@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from medfed.errors import CheckpointError
 from medfed.payload import HEADER_BYTES
 from medfed.study import ALL_SITES, POOLED_SITE, StudyConfig, parse_study
+from server.audit_fragment import audit_fragment
 from server.checkpoint import write_durably
 from server.evaluation import read_evaluation
 from server.model_card import model_card
@@ -74,7 +75,8 @@ def write_report(folder: Path) -> Path:
 
     Args:
         folder: with ``study.json`` and ``summary.json``; ``metrics.jsonl``, ``arms/*/metrics.jsonl``,
-            ``inspection.jsonl``, ``evaluation.json`` and ``figures/captions.json`` add to the report if they are there.
+            ``inspection.jsonl``, ``evaluation.json``, ``audit.json`` and ``figures/captions.json`` add to the report if
+            they are there.
 
     Raises:
         CheckpointError: if this is no folder of a finished run, or one of its files is damaged.
@@ -85,7 +87,7 @@ def write_report(folder: Path) -> Path:
     labels = column_labels(study.task.kind)
     metrics = _metrics(folder / "metrics.jsonl")
     pooled = _metrics(folder / "arms" / POOLED_SITE / "metrics.jsonl")
-    evaluation = read_evaluation(folder)
+    evaluation, audit = read_evaluation(folder), audit_fragment(folder)
     page = _template().render(
         study=study,
         results=results,
@@ -93,7 +95,7 @@ def write_report(folder: Path) -> Path:
         sentence=result_sentence(results, labels),
         caveats=caveats(results, labels),
         view=None if evaluation is None else view_of(evaluation, labels, results.metric_name),
-        shows_own_images=study.cohort is None,
+        shows_own_images=study.cohort is None and not study.is_for_hospitals,
         columns=[(column, labels[column]) for column in results.columns],
         rows=rows_of(results),
         decimals=DECIMALS,
@@ -106,11 +108,16 @@ def write_report(folder: Path) -> Path:
         held_out=_held_out_images([*metrics, *_metrics(folder / "inspection.jsonl")]),
         study_text=_study_text(study),
         versions=_versions(),
-        not_measured=not_measured(study, evaluation),
+        not_measured=not_measured(study, evaluation, is_audited=bool(audit)),
+        audit=audit,
     )
     path = folder / REPORT
     write_durably(path, page.encode("utf-8"))
     return path
+
+
+def _where(study: StudyConfig) -> str:
+    return "from the first try to the last round" if study.is_for_hospitals else "on one machine, all arms together"
 
 
 def _template() -> Any:
@@ -195,7 +202,7 @@ def _facts(study: StudyConfig, results: Results) -> list[tuple[str, str]]:
             f"{training.learning_rate:g}{decay}, augmentation {training.augmentation}",
         ),
         ("Aggregation", f"{_strategy_in_words(study)}; {weighed}"),
-        ("Time", f"{results.wall_s:,.0f} s on one machine, all arms together"),
+        ("Time", f"{results.wall_s:,.0f} s {_where(study)}"),
     ]
 
 

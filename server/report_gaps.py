@@ -6,12 +6,13 @@ from medfed.study import StudyConfig
 from server.evaluation import Evaluation
 
 
-def not_measured(study: StudyConfig, evaluation: Evaluation | None) -> list[str]:
+def not_measured(study: StudyConfig, evaluation: Evaluation | None, *, is_audited: bool) -> list[str]:
     """One sentence for each gap; what was evaluated is none.
 
     Args:
         study: that was run.
         evaluation: what was measured after training; None if nothing was.
+        is_audited: whether attacks were tried on the run.
     """
     gaps = _of_the_task(study, evaluation)
     if evaluation is None:
@@ -21,11 +22,13 @@ def not_measured(study: StudyConfig, evaluation: Evaluation | None) -> list[str]
         )
     else:
         gaps.append("Chance in training: one seed; intervals are over patients, not over repetitions of the study.")
-    gaps += [
-        "Privacy against an attacker: no attack was tried on the updates"
-        + (", and no privacy budget was spent or accounted for." if study.privacy is None else "."),
-        "A real network: delays, drop-outs and sites on other hardware.",
-    ]
+    if not is_audited:
+        gaps.append(
+            "Privacy against an attacker: no attack was tried on the updates"
+            + (", and no privacy budget was spent or accounted for." if study.privacy is None else ".")
+        )
+    if not study.is_for_hospitals:
+        gaps.append("A real network: delays, drop-outs and sites on other hardware.")
     if evaluation is None or not evaluation.difference("being_in"):
         gaps.append("Sites outside of the study: nobody was left out to be tried on (--leave-one-out does).")
     if evaluation is None or not evaluation.groups:

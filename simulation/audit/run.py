@@ -15,7 +15,7 @@ import numpy as np
 
 from client.private_round import engine_for
 from client.private_trainer import units_of
-from client.round_start import own_state, shared_state
+from client.round_start import own_state
 from medfed.errors import CheckpointError
 from medfed.models.folding import ModelState
 from medfed.study import FEDERATED
@@ -37,6 +37,7 @@ from simulation.audit.whitebox import play, run_once
 from simulation.overlays import displayable
 from simulation.progress import Reporter, Silent
 from strategies.registry import strategy_of
+from strategies.shared_model import shared_state
 
 CONFIDENCE = 0.99
 """Of all bounds together: each of the five attacks may be wrong with a fifth of the rest."""

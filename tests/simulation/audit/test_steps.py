@@ -67,7 +67,7 @@ def shared_plan(**changes: object) -> PrivacyPlan:
     given = {
         "trust": "consortium", "unit": "patient", "clip_norm": 0.5, "sampling_rate": 1.0, "noise_multiplier": 0.5,
         "steps_per_round": 1, "num_rounds": 1, "delta": 0.01, "images_per_patient": 2, "views": 1, "min_honest": 3,
-        "num_parameters": 64,
+        "num_parameters": 64, "evaluation_noise": None, "num_evaluations": 0,
     }  # fmt: skip
     return PrivacyPlan(**{**given, **changes})
 
