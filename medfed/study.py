@@ -12,7 +12,7 @@ import difflib
 import tomllib
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -50,12 +50,17 @@ POOLED_SITE = "pooled"
 """Name of the virtual site that holds all data in simulations: the upper bound, illegal to build."""
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class StudyConfig(Section):
     """A whole study. Immutable; equal studies have equal digests.
 
     Attributes:
         name: names the run folder.
         seed: root of everything random in a simulation; noise, masks and keys never depend on it.
+        tracking: where the server also writes the metrics of every round; an extra of that name must be installed.
         manifest: the tensors that may travel; None until resolved against the real backbone.
     """
 
@@ -71,6 +76,7 @@ class StudyConfig(Section):
     strategy: StrategyConfig = StrategyConfig()
     cohort: CohortConfig | None = None
     sites: Annotated[tuple[SiteConfig, ...], Field(min_length=1)]
+    tracking: Literal["tensorboard", "mlflow"] | None = Field(default=None, exclude_if=_is_none)
     manifest: AdapterManifest | None = None
 
     @field_validator("adapter", mode="before")

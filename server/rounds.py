@@ -25,6 +25,7 @@ from medfed.tasks import task_of
 from server.checkpoint import Checkpoint, metrics_line, read_checkpoint, write_checkpoint, write_metrics
 from server.exchange import Exchange, ModelPayload, exchange
 from server.secure_sums import SecureSums, SummedRound
+from server.tracking import Tracker, tell, tracker_of
 from strategies.naive_error import LARGE, NAIVE_ERROR
 from strategies.registry import strategy_of
 from strategies.secure_channel import SecureChannel
@@ -74,15 +75,31 @@ def run_rounds(
             of the last completed round stays, and the run can be resumed. A site that is missing is looked for again
             before every round, and takes part from then on.
         CheckpointError: if the folder's checkpoint is not this study's.
+        MissingExtraError: if the study's tracker is not installed.
     """
-    loop = _Loop(grid, study, federation)
+    tracker = tracker_of(study, folder)
+    try:
+        return _run_rounds(_Loop(grid, study, federation), study, federation, initial_P, folder, tracker)
+    finally:
+        if tracker is not None:
+            tracker.close()
+
+
+def _run_rounds(
+    loop: _Loop, study: StudyConfig, federation: Federation, initial_P: Tensor, folder: Path, tracker: Tracker | None
+) -> Checkpoint:
+    def keep(state: Checkpoint) -> None:
+        write_checkpoint(folder, state)
+        if tracker is not None:
+            tell(tracker, folder, state.metrics)
+
     state = read_checkpoint(folder, study.resolved_manifest, study_digest=study.digest, scope=federation.scope)
     weights = loop.find_sites()
     if state is None:
         state = loop.initial(initial_P, weights)
         if federation.evaluate_initial:
             state = loop.evaluated(state)
-        write_checkpoint(folder, state)
+        keep(state)
     else:
         write_metrics(folder, state)  # a crash may have come between the checkpoint and its metrics.jsonl
         state = replace(state, weights={**weights, **state.weights})
@@ -91,7 +108,7 @@ def run_rounds(
         every, last = study.rounds.evaluate_every, state.round == study.rounds.num_rounds
         if last or (every is not None and state.round % every == 0):
             state = loop.evaluated(state)
-        write_checkpoint(folder, state)
+        keep(state)
         _log.info("event=round_done scope=%s round=%d", federation.scope, state.round)
     return state
 
