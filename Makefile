@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt requirements-weights.txt
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: setup setup-ray demo test test-fast check mutate bench clean help
+.PHONY: setup setup-ray demo consortium test test-fast check mutate bench clean help
 
 help: ## Show what can be made.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ setup-ray: setup ## Add Ray, for `medfed simulate --engine ray`.
 
 demo: setup ## Four virtual hospitals adapt LiteMedSAM; ends with a table and a report.
 	$(BIN)/medfed simulate examples/brain-structures.toml
+
+consortium: setup ## Three hospitals, each a process of its own, train one private study to its end.
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/consortium.sh
 
 test: setup ## The whole test-suite, file by file on up to four cores.
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile

@@ -9,6 +9,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from client.policy import Budget
 from client.site_folder import SiteFolder
 from medfed.consortium_documents import EnrolmentRequest, StartupKit, node_key_text
 from medfed.device import DeviceChoice
@@ -20,6 +21,9 @@ from medfed.signing import create_key, fingerprint
 from privacy.secure_aggregation.identity import create_identity
 
 _FEATURE_KEY_BYTES = 32
+
+MINIMUM_PATIENTS = 20
+"""Training patients for any study, unless the hospital says otherwise."""
 
 _SITE_TOML = """\
 # What this hospital says of itself to its own machine. Nothing here leaves it.
@@ -35,7 +39,7 @@ _POLICY_TOML = """\
 # Read at every request: a change counts from the next one on.
 
 # Training patients below which nothing trains: too few hide nobody.
-minimum_patients = 20
+minimum_patients = {minimum_patients}
 
 # May a study without differential privacy train here? Its updates can give patients away.
 allow_unprotected = false
@@ -46,8 +50,18 @@ allow_unprotected = false
 # epsilon bounds how much anybody can learn about whether one patient was in the training data: the odds of any
 # conclusion change by a factor of at most e^epsilon (epsilon 1: 2.7; epsilon 8: 2981), except with probability delta.
 # unit: "patient" protects all images of a patient together, "record" each image on its own, which is less.
-# Remove the '#' of all four lines, and set epsilon and delta yourself. delta is well below one over the number of
-# training patients.
+# delta is well below one over the number of training patients.
+{budget}"""
+
+_BUDGET_TOML = """\
+[budget]
+epsilon = {epsilon!r}
+delta = {delta!r}
+unit = "{unit}"
+"""
+
+_NO_BUDGET_TOML = """\
+# Remove the '#' of all four lines, and set epsilon and delta yourself.
 #[budget]
 #epsilon = 8.0
 #delta = 1e-5
@@ -63,6 +77,8 @@ def init_site(
     cohort: str = "patients",
     device: DeviceChoice = "auto",
     expected_fingerprint: str | None = None,
+    minimum_patients: int = MINIMUM_PATIENTS,
+    budget: Budget | None = None,
 ) -> SiteFolder:
     """Make a site's folder from a kit; its keys are made here.
 
@@ -73,6 +89,8 @@ def init_site(
         cohort: name of its patients in the privacy ledger.
         device: where it computes.
         expected_fingerprint: of the coordinator's key, as heard by telephone; None believes the kit as it is.
+        minimum_patients: training patients below which nothing trains, at least 1.
+        budget: what all studies together may spend; None lets no private study train until the policy says it.
 
     Raises:
         ConsortiumError: if the kit is not as it was signed, or the fingerprint is another.
@@ -94,13 +112,14 @@ def init_site(
             cohort=json.dumps(cohort),
         )
         replace_durably(folder.settings_file, settings.encode(), mode=0o600)
-        replace_durably(folder.policy_file, _POLICY_TOML.encode(), mode=0o600)
+        replace_durably(folder.policy_file, _policy_toml(minimum_patients, budget).encode(), mode=0o600)
         node_key = ec.generate_private_key(ec.SECP384R1())
         create_private(folder.node_key, _openssh(node_key), "node key")
         identity = create_identity(folder.identity)
         create_key(folder.ledger_key)
         create_private(folder.feature_key, secrets.token_bytes(_FEATURE_KEY_BYTES), "feature cache key")
         folder.settings()  # what was written can be read
+        folder.written_policy()
         request = EnrolmentRequest(
             consortium=kit.consortium,
             coordinator_key=kit.coordinator_key,
@@ -112,6 +131,11 @@ def init_site(
     except OSError as error:
         raise SiteError(f"Expected to write the site's folder {root}, got: {error}; mend it and start anew.") from None
     return folder
+
+
+def _policy_toml(minimum_patients: int, budget: Budget | None) -> str:
+    written = _NO_BUDGET_TOML if budget is None else _BUDGET_TOML.format(**budget.model_dump())
+    return _POLICY_TOML.format(minimum_patients=minimum_patients, budget=written)
 
 
 def read_kit(kit_folder: Path, *, expected_fingerprint: str | None) -> tuple[StartupKit, bytes]:

@@ -115,7 +115,7 @@ def _alone(folder: SiteFolder) -> Iterator[None]:
     Raises:
         SiteError: if another process holds it.
     """
-    path = folder.state / "lock"
+    path = _lock_file(folder)
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "rb+", buffering=0) as file:  # noqa: PTH123 - a descriptor
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,6 +124,22 @@ def _alone(folder: SiteFolder) -> Iterator[None]:
                 f"Expected that nobody serves {folder.root}, got another process that does; stop it first."
             ) from None
         yield
+
+
+def is_served(folder: SiteFolder) -> bool:
+    """Whether a process serves a site at this moment. Changes nothing, and needs no key."""
+    try:
+        with _lock_file(folder).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def _lock_file(folder: SiteFolder) -> Path:
+    return folder.state / "lock"
 
 
 def _stopped_by_signals() -> threading.Event:

@@ -50,5 +50,7 @@ ENV PATH=/opt/medfed/bin:/usr/local/bin:/usr/bin:/bin \
 VOLUME /var/lib/medfed
 WORKDIR /var/lib/medfed
 USER 10001:10001
+# Checks what `server start /var/lib/medfed/consortium` serves; --no-healthcheck where the image runs another command.
+HEALTHCHECK --interval=30s --timeout=20s --start-period=60s CMD ["medfed", "server", "health", "/var/lib/medfed/consortium"]
 ENTRYPOINT ["medfed"]
 CMD ["--help"]

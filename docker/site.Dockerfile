@@ -49,5 +49,7 @@ ENV PATH=/opt/medfed/bin:/usr/local/bin:/usr/bin:/bin \
 VOLUME /var/lib/medfed
 WORKDIR /var/lib/medfed
 USER 10002:10002
+# Checks what `site start /var/lib/medfed/site` serves; --no-healthcheck where the image runs another command.
+HEALTHCHECK --interval=30s --timeout=20s --start-period=60s CMD ["medfed", "site", "health", "/var/lib/medfed/site"]
 ENTRYPOINT ["medfed"]
 CMD ["--help"]

@@ -5,11 +5,13 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from client.enrolment import init_site
 from client.open_site import open_site
+from client.policy import Budget
 from client.site import SITE_VARIABLE, SITES_VARIABLE, forget_sites, site_of
 from client.site_folder import existing_site
 from medfed.cli import main
@@ -123,6 +125,51 @@ def test_budget_of_the_template_can_be_switched_on(make_consortium: Callable) ->
     folder.policy_file.write_text("\n".join(lines))
     budget = folder.written_policy().budget
     assert (budget.epsilon, budget.delta, budget.unit) == (8.0, 1e-5, "patient")
+
+
+def init(made: Any, root: Path, *options: str) -> None:
+    kit, data = made.coordinator.kit("north"), made.sites["north"].settings().data
+    main(["site", "init", str(kit), str(root), "--data", str(data), *options])
+
+
+def test_budget_and_fewest_patients_may_be_decided_at_init(
+    make_consortium: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_consortium("north")
+    init(made, tmp_path / "site", "--epsilon", "2.5", "--delta", "1e-6", "--minimum-patients", "50")
+    policy = existing_site(tmp_path / "site").written_policy()
+    assert policy.budget == Budget(epsilon=2.5, delta=1e-6, unit="patient")
+    assert (policy.minimum_patients, policy.allow_unprotected, policy.approved_studies) == (50, False, ())
+    assert "budget: epsilon 2.5 of all studies together, delta 1e-06, each patient" in capsys.readouterr().out
+    init(made, tmp_path / "other")
+    assert existing_site(tmp_path / "other").written_policy() == made.sites["north"].written_policy()
+    assert "budget: none, so that no private study trains" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--epsilon", "8"), "--epsilon and --delta together"),
+        (("--delta", "1e-5"), "--epsilon and --delta together"),
+        (("--epsilon", "inf", "--delta", "1e-5"), "finite number, got inf"),
+        (("--epsilon", "nan", "--delta", "1e-5"), "finite number, got nan"),
+        (("--epsilon", "0", "--delta", "1e-5"), "greater than 0, got 0"),
+        (("--epsilon", "8", "--delta", "1"), "less than 1, got 1"),
+        (("--minimum-patients", "0"), "0 is not in the range"),
+    ],
+)
+def test_budget_that_is_none_makes_no_site(
+    make_consortium: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    says: str,
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        init(make_consortium("north"), tmp_path / "site", *options)
+    assert ended.value.code != 0
+    assert says in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not (tmp_path / "site").exists()
 
 
 def test_app_finds_the_hospitals_site_and_is_not_both(
