@@ -84,7 +84,7 @@ class Inbox:
             tries = int(facts["tries"]) + 1
         except FileNotFoundError:
             return None
-        except (DamagedFileError, KeyError, TypeError, ValueError):
+        except (DamagedFileError, KeyError, TypeError, ValueError, OverflowError):
             self.finish()
             return None
         return self.begin(delivery, tries)
