@@ -53,6 +53,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from medfed.errors import LinkDownError, LinkError, MessageError
 from medfed.flower_version import require_flower
+from medfed.messages import told
 
 _log = logging.getLogger("medfed.client.flower_link")
 
@@ -218,9 +219,15 @@ class FleetLink:
         response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         if not response.messages_list:
             return None
-        metadata = message_from_proto(response.messages_list[0]).metadata
-        tree = response.message_object_trees[0]
-        objects = {part.object_id: self._pulled(metadata.run_id, part.object_id) for part in iterate_object_tree(tree)}
+        try:
+            metadata = message_from_proto(response.messages_list[0]).metadata
+            tree = response.message_object_trees[0]
+            parts = [part.object_id for part in iterate_object_tree(tree)]
+        except Exception as error:  # it comes from the network: whatever it is, it is no message
+            raise LinkDownError(
+                f"Expected a message from {self._server}, got {type(error).__name__}; it is asked for again."
+            ) from None
+        objects = {part: self._pulled(metadata.run_id, part) for part in parts}
         return Delivery(tree.object_id, metadata.run_id, metadata.created_at, metadata.ttl, objects)
 
     def confirm(self, delivery: Delivery) -> None:
@@ -332,6 +339,11 @@ class FleetLink:
                 f"Expected an answer of {self._server}, got {type(error).__name__}: {error}; check network, proxy "
                 "(HTTPS_PROXY) and certificate with 'medfed site preflight'."
             ) from None
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # an answer that no SuperLink gives
+            raise LinkDownError(
+                f"Expected an answer of a SuperLink at {self._server}, got {type(error).__name__}; check who answers "
+                "there with 'medfed site preflight'."
+            ) from None
         except SystemExit:  # Flower ends the process when the server's version is another
             raise LinkError(
                 f"Expected Flower of this site's minor version at {self._server}, got another; agree with the "
@@ -351,12 +363,12 @@ class FleetLink:
         if status == httpx.codes.PRECONDITION_FAILED:
             return LinkError(
                 f"Expected {self._server} to begin a session with this site, got a refusal: the coordinator has not "
-                "enrolled it yet ('medfed provision --enrol'), or its last session ended less than a minute ago without "
-                "a goodbye; it is tried again."
+                "enrolled it yet ('medfed provision --enrol'), or its last session ended less than a minute ago "
+                "without a goodbye; it is tried again."
             )
         if status >= httpx.codes.INTERNAL_SERVER_ERROR or status == httpx.codes.TOO_MANY_REQUESTS:
             return LinkDownError(f"Expected {self._server} to be well, got HTTP {status}; it is tried again.")
-        return LinkError(f"Expected {self._server} to take a request, got HTTP {status}: {response.text[:200]}")
+        return LinkError(f"Expected {self._server} to take a request, got HTTP {status}: {told(response.text)}")
 
 
 class _RunOverError(LinkError):
