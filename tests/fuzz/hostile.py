@@ -22,9 +22,9 @@ _NUMBERS = [(value % 2**bits).to_bytes(bits // 8, order) for value in (-1, -(2**
 """Where a length or a count stands: huge, negative, nothing."""
 
 _TEXTS = [
-    *(b"[" * 20_000, b'{"a":' * 20_000, b"9" * 5_000, b"1e999", b"-1", b"NaN", b"Infinity", b"-Infinity", b"null"),
+    *(b"[" * 2_000, b'{"a":' * 2_000, b"9" * 5_000, b"1e999", b"-1", b"NaN", b"Infinity", b"-Infinity", b"null"),
     *(b"true", b"[]", b"{}", b'""', b'"\\ud800"', b'"\\u0000"', b'"a":1,"a":2,', b"\xff", b"\x00", b"\xed\xa0\x80"),
-    *(b"x = [" * 20_000, b"a." * 20_000, b'"""', b"[[a]]\n", b"= 0x" + b"f" * 5_000, b"1979-13-45", b"inf", b"nan"),
+    *(b"x = [" * 2_000, b"a." * 2_000, b'"""', b"[[a]]\n", b"= 0x" + b"f" * 5_000, b"1979-13-45", b"inf", b"nan"),
     *(b'\n"\\u001b[31m" = 1\n', b"x" * 5_000, b"0", b"1.5", b"9" * 30, b'"../../x"', b"\r", b"\xe2\x80\xa8"),
 ]
 """Where a value stands in JSON or TOML: too deep, too large, no number, no text, twice."""
@@ -99,8 +99,8 @@ def only(decode: Callable[..., Any], *arguments: Any, raises: tuple[type[Excepti
         result = decode(*arguments)
     except raises as error:
         result = error
-        str(error).encode()  # can be written to a terminal and a log
-        assert len(str(error)) < 100_000
+    if isinstance(result, Exception):
+        assert len(str(result).encode()) < 100_000  # can be written to a terminal and a log
     assert time.thread_time() - began_s < MAX_SECONDS
     return result
 
