@@ -20,10 +20,11 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -85,6 +86,9 @@ class Delivery:
         created_at: seconds since 1970 by the sender's clock.
         ttl_s: seconds after which nobody waits for a reply any more.
         objects: its parts by their digest, as they came.
+
+    Raises:
+        MessageError: for a time that is no finite number, which could not be written down.
     """
 
     message_id: str
@@ -92,6 +96,10 @@ class Delivery:
     created_at: float
     ttl_s: float
     objects: Mapping[str, bytes]
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.created_at) and math.isfinite(self.ttl_s)):
+            raise MessageError(f"Expected a message with a time, got {self.created_at} and {self.ttl_s}; ask again.")
 
     def message(self) -> Message:
         """The message; a new object at every call.
@@ -223,12 +231,12 @@ class FleetLink:
             metadata = message_from_proto(response.messages_list[0]).metadata
             tree = response.message_object_trees[0]
             parts = [part.object_id for part in iterate_object_tree(tree)]
+            announced = Delivery(tree.object_id, metadata.run_id, metadata.created_at, metadata.ttl, {})
         except Exception as error:  # it comes from the network: whatever it is, it is no message
             raise LinkDownError(
                 f"Expected a message from {self._server}, got {type(error).__name__}; it is asked for again."
             ) from None
-        objects = {part: self._pulled(metadata.run_id, part) for part in parts}
-        return Delivery(tree.object_id, metadata.run_id, metadata.created_at, metadata.ttl, objects)
+        return replace(announced, objects={part: self._pulled(announced.run_id, part) for part in parts})
 
     def confirm(self, delivery: Delivery) -> None:
         """Tell the server that a message arrived; it is not sent again, whatever becomes of this process."""
