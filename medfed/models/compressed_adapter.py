@@ -88,17 +88,12 @@ def _check_form(config: Any, tensors: Mapping[str, Tensor], layers: list[str], f
     Raises:
         StudyError: says which.
     """
-    patterns = (
-        [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")] if isinstance(config, dict) else [None]
-    )
-    if not all(isinstance(pattern, dict) for pattern in patterns) or not all(
-        isinstance(number, (int, float)) and 0 < number < _LARGEST
-        for number in (
-            config.get("r"),
-            config.get("lora_alpha"),
-            *(one for pattern in patterns for one in pattern.values()),
-        )
-    ):
+    found = config if isinstance(config, dict) else {}
+    numbers = [found.get("r"), found.get("lora_alpha")]
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = found.get(key) or {}
+        numbers += pattern.values() if isinstance(pattern, dict) else [None]
+    if not all(isinstance(number, (int, float)) and 0 < number < _LARGEST for number in numbers):
         raise StudyError(
             f"Expected ranks and alphas above 0 in {folder / CONFIG}, got something else; restore the file."
         )
