@@ -213,7 +213,7 @@ def _require_head(path: Path, key: Ed25519PublicKey, digests: list[str]) -> None
         if len(digests) > 2:  # one line without a head was written by a process that was killed in between
             raise AuditLogError(f"Expected a head file {head_path(path)} beside the log, got none.") from None
         return
-    except (OSError, ValueError, KeyError, TypeError, InvalidSignature):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, InvalidSignature):
         raise AuditLogError(
             f"Expected the head file {head_path(path)} as this site's key signed it, got another."
         ) from None

@@ -81,7 +81,7 @@ def _table(lines: Sequence[Line]) -> Table:
         table.add_row(
             left.time[2:19].replace("T", " "),
             left.study_digest[:8],
-            left.action.removeprefix("query."),
+            Text(left.action.removeprefix("query.")),  # the server chose it: no markup
             str(left.round),
             f"{left.payload_bytes:,}",
             left.payload_digest[:8],

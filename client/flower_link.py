@@ -20,10 +20,11 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -53,6 +54,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from medfed.errors import LinkDownError, LinkError, MessageError
 from medfed.flower_version import require_flower
+from medfed.messages import told
 
 _log = logging.getLogger("medfed.client.flower_link")
 
@@ -84,6 +86,9 @@ class Delivery:
         created_at: seconds since 1970 by the sender's clock.
         ttl_s: seconds after which nobody waits for a reply any more.
         objects: its parts by their digest, as they came.
+
+    Raises:
+        MessageError: for a time that is no finite number, which could not be written down.
     """
 
     message_id: str
@@ -91,6 +96,10 @@ class Delivery:
     created_at: float
     ttl_s: float
     objects: Mapping[str, bytes]
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.created_at) and math.isfinite(self.ttl_s)):
+            raise MessageError(f"Expected a message with a time, got {self.created_at} and {self.ttl_s}; ask again.")
 
     def message(self) -> Message:
         """The message; a new object at every call.
@@ -160,6 +169,7 @@ class FleetLink:
             ],
         )
         self._client._client.timeout = httpx.Timeout(timeout_s)
+        self._client._client.follow_redirects = False  # a signed request is for the server of the kit alone
         self._node: Node | None = None
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
@@ -218,10 +228,16 @@ class FleetLink:
         response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         if not response.messages_list:
             return None
-        metadata = message_from_proto(response.messages_list[0]).metadata
-        tree = response.message_object_trees[0]
-        objects = {part.object_id: self._pulled(metadata.run_id, part.object_id) for part in iterate_object_tree(tree)}
-        return Delivery(tree.object_id, metadata.run_id, metadata.created_at, metadata.ttl, objects)
+        try:
+            metadata = message_from_proto(response.messages_list[0]).metadata
+            tree = response.message_object_trees[0]
+            parts = [part.object_id for part in iterate_object_tree(tree)]
+            announced = Delivery(tree.object_id, metadata.run_id, metadata.created_at, metadata.ttl, {})
+        except Exception as error:  # it comes from the network: whatever it is, it is no message
+            raise LinkDownError(
+                f"Expected a message from {self._server}, got {type(error).__name__}; it is asked for again."
+            ) from None
+        return replace(announced, objects={part: self._pulled(announced.run_id, part) for part in parts})
 
     def confirm(self, delivery: Delivery) -> None:
         """Tell the server that a message arrived; it is not sent again, whatever becomes of this process."""
@@ -332,6 +348,11 @@ class FleetLink:
                 f"Expected an answer of {self._server}, got {type(error).__name__}: {error}; check network, proxy "
                 "(HTTPS_PROXY) and certificate with 'medfed site preflight'."
             ) from None
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # an answer that no SuperLink gives
+            raise LinkDownError(
+                f"Expected an answer of a SuperLink at {self._server}, got {type(error).__name__}; check who answers "
+                "there with 'medfed site preflight'."
+            ) from None
         except SystemExit:  # Flower ends the process when the server's version is another
             raise LinkError(
                 f"Expected Flower of this site's minor version at {self._server}, got another; agree with the "
@@ -351,12 +372,12 @@ class FleetLink:
         if status == httpx.codes.PRECONDITION_FAILED:
             return LinkError(
                 f"Expected {self._server} to begin a session with this site, got a refusal: the coordinator has not "
-                "enrolled it yet, or its last session ended less than a minute ago without "
-                "a goodbye; it is tried again."
+                "enrolled it yet ('medfed provision --enrol'), or its last session ended less than a minute ago "
+                "without a goodbye; it is tried again."
             )
         if status >= httpx.codes.INTERNAL_SERVER_ERROR or status == httpx.codes.TOO_MANY_REQUESTS:
             return LinkDownError(f"Expected {self._server} to be well, got HTTP {status}; it is tried again.")
-        return LinkError(f"Expected {self._server} to take a request, got HTTP {status}: {response.text[:200]}")
+        return LinkError(f"Expected {self._server} to take a request, got HTTP {status}: {told(response.text)}")
 
 
 class _RunOverError(LinkError):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medfed.durable_file import make_private_folder, replace_durably, sync_folder
-from medfed.errors import SiteError
+from medfed.errors import MessageError, SiteError
 from medfed.framed_file import DamagedFileError, pack, unpack
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Inbox:
             tries = int(facts["tries"]) + 1
         except FileNotFoundError:
             return None
-        except (DamagedFileError, KeyError, TypeError, ValueError):
+        except (DamagedFileError, KeyError, TypeError, ValueError, OverflowError, MessageError):
             self.finish()
             return None
         return self.begin(delivery, tries)

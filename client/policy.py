@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from medfed.errors import PolicyError, SiteError
 from medfed.study import StudyConfig
 from medfed.study_sections import Digest
+from medfed.toml_file import parse_toml
 from privacy.ledger_entry import Cap
 
 
@@ -130,7 +131,7 @@ def read_policy(path: Path) -> SitePolicy:
         SiteError: one line that names the file and the key.
     """
     try:
-        return SitePolicy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return SitePolicy.model_validate(parse_toml(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SiteError(
             f"Expected a readable policy in TOML at {path}, got: {error}; nothing trains without."

@@ -28,7 +28,8 @@ from medfed.consortium_documents import EnrolmentRequest, StartupKit
 from medfed.device import DeviceChoice
 from medfed.errors import SiteError
 from medfed.signed_document import read_document, verify_self_signed
-from medfed.study_sections import Name
+from medfed.study_sections import FilePath, Name
+from medfed.toml_file import parse_toml
 from privacy.secure_aggregation.identity import Identity, read_identity
 
 
@@ -44,7 +45,7 @@ class SiteSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: Path
+    data: FilePath
     device: DeviceChoice = "auto"
     num_threads: Annotated[int, Field(ge=1)] = 1
     cohort: Name
@@ -186,7 +187,7 @@ class SiteFolder:
         """
         path = self.settings_file
         try:
-            settings = SiteSettings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+            settings = SiteSettings.model_validate(parse_toml(path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise SiteError(f"Expected readable settings in TOML at {path}, got: {error}; correct them.") from None
         except ValidationError as error:

@@ -79,7 +79,7 @@ class SiteMemory:
             if hashlib.sha256(data).digest() == digest:
                 return load(data)
             why: object = "other bytes"
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, KeyError) as error:  # the last for dtypes that torch has and its reader not
             why = error
         raise SiteError(f"Expected what the site remembers at {path}, got: {why}; restore the file.")
 

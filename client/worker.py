@@ -28,7 +28,7 @@ from client.audit_log import AuditLog, Departure
 from client.flower_link import Delivery, error_reply
 from client.inbox import MAX_TRIES, Inbox, Pending
 from medfed.errors import LinkDownError, LinkError, MessageError
-from medfed.messages import INSTRUCTION_FIELDS, RECORD_KEY, RoundInstruction, RoundReply, exact_fields
+from medfed.messages import INSTRUCTION_FIELDS, RECORD_KEY, RoundInstruction, RoundReply, exact_fields, told
 
 _log = logging.getLogger("medfed.client.worker")
 
@@ -208,7 +208,7 @@ class SiteWorker:
 
     def _departure(self, message: Message, reply: Message) -> Departure:
         """What the audit log says of a reply; a question that is not one of ours is described as far as it can be."""
-        action = message.metadata.message_type
+        action = told(message.metadata.message_type)
         about: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "run": str(message.metadata.run_id),

@@ -31,7 +31,7 @@ _HOST_LABEL = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)")
 
 def _is_host(value: str) -> str:
     try:
-        ipaddress.ip_address(value)
+        ipaddress.ip_address(value.replace("%", "/"))  # no zone: it means something on one machine alone
     except ValueError:
         labels = value.split(".")
         if len(value) > 253 or not all(map(_HOST_LABEL.fullmatch, labels)) or labels[-1].isdecimal():

@@ -52,13 +52,16 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     end = _LENGTH_BYTES + int.from_bytes(body[:_LENGTH_BYTES], "big")
     try:
         header = json.loads(body[_LENGTH_BYTES:end])
-        facts, sizes = header["facts"], [(str(name), int(size)) for name, size in header["sizes"]]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        facts, sizes = header["facts"], {str(name): int(size) for name, size in header["sizes"]}
+        packed = canonical_bytes({"facts": facts, "sizes": [[name, size] for name, size in sizes.items()]})
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DamagedFileError(f"Expected a header, got {type(error).__name__}.") from None
     blobs: dict[str, bytes] = {}
-    for name, size in sizes:
+    if packed != body[_LENGTH_BYTES:end] or not isinstance(facts, dict) or any(size < 0 for size in sizes.values()):
+        raise DamagedFileError("Expected a header as it is packed, got another.")
+    for name, size in sizes.items():
         blobs[name] = body[end : end + size]
         end += size
-    if end != len(body) or not isinstance(facts, dict) or any(size < 0 for _, size in sizes):
+    if end != len(body):
         raise DamagedFileError("Expected bytes as long as the header says, got others.")
     return facts, blobs

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from medfed.errors import MedfedError, MessageError
 from medfed.study_sections import Digest, Name
@@ -23,6 +23,21 @@ Fields = dict[str, str | bytes]
 
 INSTRUCTION_FIELDS = ("header", "study", "adapter", "broadcast", "secure")
 REPLY_FIELDS = ("header", "adapter", "secure")
+
+
+_TOLD_CHARACTERS = 200
+
+
+def told(text: str) -> str:
+    """What the other side of the network said, fit for a log and a terminal: one line, printable, no more than this."""
+    line = "".join(char if char.isprintable() else "?" for char in text[: _TOLD_CHARACTERS + 1])
+    return line if len(line) <= _TOLD_CHARACTERS else f"{line[: _TOLD_CHARACTERS - 3]}..."
+
+
+def _is_told(text: str) -> str:
+    if told(text) != text:
+        raise ValueError(f"expected one printable line of at most {_TOLD_CHARACTERS} characters")
+    return text
 
 
 class _Header(BaseModel):
@@ -42,7 +57,7 @@ class _Header(BaseModel):
             return cls.model_validate_json(header)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
+            where = told(".".join(map(str, first["loc"])))
             raise MessageError(f"Expected a valid {cls.__name__}, got {where or 'header'}: {first['msg']}.") from None
 
 
@@ -89,7 +104,7 @@ class Refusal(_Header):
     """
 
     kind: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,64}$")]
-    reason: Annotated[str, Field(max_length=200)]
+    reason: Annotated[str, AfterValidator(_is_told)]
 
     @classmethod
     def of(cls, error: Exception) -> Refusal:

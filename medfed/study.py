@@ -39,6 +39,7 @@ from medfed.study_sections import (
     TrainingConfig,
     distinct,
 )
+from medfed.toml_file import parse_toml
 
 FEDERATED = "federated"
 """Scope of the federation of all sites; simulations have others, of one virtual site each."""
@@ -344,7 +345,7 @@ def read_study(path: Path) -> StudyConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"Expected a readable UTF-8 study file at {path}, got: {error}.") from None
     try:
-        data = tomllib.loads(text)
+        data = parse_toml(text)
     except tomllib.TOMLDecodeError as error:
         raise StudyError(f"Expected valid TOML in {path}, got: {error}.") from None
     study = _validate(with_quantities(data), str(path))

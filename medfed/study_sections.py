@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from medfed.consortium import Quorum
 from medfed.section import Name as Name
@@ -22,6 +22,21 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 def _is_none(value: object) -> bool:
     return value is None
+
+
+_MAX_PATH_BYTES, _MAX_PART_BYTES = 4096, 255
+"""Of Linux: what is longer is no file's name there."""
+
+
+def _can_be_a_file(path: Path) -> Path:
+    encoded = str(path).encode(errors="surrogateescape")
+    if b"\0" in encoded or len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_PART_BYTES:
+        raise ValueError("expected a path that a file can have, got one that is too long or holds a NUL")
+    return path
+
+
+FilePath = Annotated[Path, AfterValidator(_can_be_a_file)]
+"""A path that the operating system takes."""
 
 
 class BackboneConfig(Section):
@@ -501,7 +516,7 @@ class SiteConfig(Section):
     """
 
     name: Name
-    data: Path | None = None
+    data: FilePath | None = None
     scanner: Name | None = None
     train_patients: Annotated[int, Field(ge=1)] | None = None
     test_patients: Annotated[int, Field(ge=1)] | None = None

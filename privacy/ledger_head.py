@@ -75,7 +75,7 @@ def read_head(path: Path, key: Ed25519PublicKey) -> Head | None:
         fields = json.loads(data)
         head = Head(int(fields["sequence"]), bytes.fromhex(fields["digest"]))
         key.verify(bytes.fromhex(fields["signature"]), head.signed_bytes)
-    except (ValueError, KeyError, TypeError, InvalidSignature):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, InvalidSignature):
         raise LedgerError(
             f"Expected the ledger's head file {path} as this ledger's key signed it, got another; {_REMEDY}."
         ) from None

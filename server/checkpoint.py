@@ -12,8 +12,9 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,6 +23,7 @@ from medfed.adapter_manifest import AdapterManifest
 from medfed.durable_file import replace_durably
 from medfed.errors import AdapterMismatchError, CheckpointError
 from medfed.payload import decode_adapter, encode_adapter
+from medfed.study_sections import Digest, Name
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -52,6 +54,20 @@ class Checkpoint:
     weights: dict[str, float]
     broadcast: Mapping[str, Tensor] = field(default_factory=dict)
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class _Facts(BaseModel):
+    """What the file's metadata say of the checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    study_digest: Digest
+    scope: Name
+    round: Annotated[int, Field(ge=0)]
+    weights: dict[str, float]
+
+
+_LINE: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
 
 
 def metrics_line(**facts: Any) -> str:
@@ -99,6 +115,11 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def _require_known(tensors: Iterable[str]) -> None:
+    if strange := [name for name in tensors if not name.startswith((_BROADCAST, _MEMORY))]:
+        raise ValueError(f"a tensor {strange[0]!r}")
+
+
 def _joined(lines: Iterable[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
@@ -115,20 +136,25 @@ def read_checkpoint(folder: Path, manifest: AdapterManifest, *, study_digest: st
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            facts, metrics = json.loads(metadata["medfed"]), tuple(metadata["metrics"].splitlines())
+            facts = _Facts.model_validate_json(metadata["medfed"])
+            metrics = tuple(metadata["metrics"].splitlines())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        for line in metrics:
+            _LINE.validate_json(line)
         adapter_P = tensors.pop(_ADAPTER)
+        _require_known(tensors)
         checkpoint = Checkpoint(
             adapter_P=adapter_P,
             metrics=metrics,
             broadcast=_under(_BROADCAST, tensors),
             memory=_under(_MEMORY, tensors),
-            **facts,
+            **facts.model_dump(),
         )
         decode_adapter(encode_adapter(adapter_P, manifest), manifest)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AdapterMismatchError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AdapterMismatchError, RuntimeError) as error:
+        why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
         raise CheckpointError(
-            f"Expected a whole checkpoint at {path}, got: {error}; restore it or start a new run."
+            f"Expected a whole checkpoint at {path}, got: {why}; restore it or start a new run."
         ) from None
     if (checkpoint.study_digest, checkpoint.scope) != (study_digest, scope):
         raise CheckpointError(

@@ -28,6 +28,7 @@ from medfed.consortium_documents import ServerAddress
 from medfed.errors import ConsortiumError
 from medfed.study import ALL_SITES, POOLED_SITE
 from medfed.study_sections import Name, distinct
+from medfed.toml_file import parse_toml
 
 
 class InvitedSite(BaseModel):
@@ -79,7 +80,7 @@ def parse_consortium(text: bytes, origin: str) -> ConsortiumConfig:
         ConsortiumError: one line that names the file and the key.
     """
     try:
-        return ConsortiumConfig.model_validate(tomllib.loads(text.decode()))
+        return ConsortiumConfig.model_validate(parse_toml(text.decode()))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConsortiumError(f"Expected valid TOML in {origin}, got: {error}; correct it.") from None
     except ValidationError as error:

@@ -23,6 +23,7 @@ from medfed.messages import (
     bytes_field,
     exact_fields,
     model_digest,
+    told,
 )
 
 _log = logging.getLogger("medfed.server.exchange")
@@ -167,8 +168,8 @@ def _read(
         MessageError: if the site failed, or did not answer what it was asked.
     """
     if message.has_error():
-        raise MessageError(f"the site failed with {message.error.reason}")
-    record = message.content.get(RECORD_KEY)
+        raise MessageError(f"the site failed with {told(str(message.error.reason))}")
+    record = message.content.get(RECORD_KEY) if message.has_content() else None
     if not isinstance(record, ConfigRecord) or set(message.content) != {RECORD_KEY}:
         raise MessageError("Expected one record of ours in a reply, got something else.")
     fields = exact_fields(record, REPLY_FIELDS)
@@ -177,7 +178,7 @@ def _read(
     if (reply.study_digest, reply.round, reply.attempt) != asked:
         raise MessageError(f"Expected a reply to round {asked[1]}, attempt {asked[2]}, got another.")
     if strange := sorted(set(reply.metrics) - metric_names):
-        raise MessageError(f"Expected metrics of the study's task, got {strange[0]!r}.")
+        raise MessageError(f"Expected metrics of the study's task, got {told(strange[0])!r}.")
     if expected_site is not None and reply.site != expected_site:
         raise MessageError(f"Expected a reply of site {expected_site!r}, got one of {reply.site!r}.")
     return SiteReply(reply, bytes_field(fields, "adapter"), bytes_field(fields, "secure"))

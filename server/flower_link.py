@@ -74,7 +74,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
-from medfed.errors import LinkDownError, LinkError
+from medfed.errors import LinkDownError, LinkError, MessageError
 from medfed.flower_version import require_flower
 
 _log = logging.getLogger("medfed.server.flower_link")
@@ -418,7 +418,16 @@ class LinkGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Replies to these messages that are there whole by now, each once."""
         arriving = self._announced(message_ids)
-        return [reply for one in arriving if (reply := self._whole(one)) is not None]
+        replies = []
+        for one in arriving:
+            try:
+                reply = self._whole(one)
+            except MessageError as error:
+                _log.warning("event=unreadable_reply why=%s", error)
+                continue
+            if reply is not None:
+                replies.append(reply)
+        return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send, and take what comes back in time, in the order in which it comes."""
@@ -432,7 +441,13 @@ class LinkGrid(Grid):
                 arriving += announced
                 pause_s = 0.05
             for one in tuple(arriving):
-                if (reply := self._whole(one)) is None:
+                try:
+                    reply = self._whole(one)
+                except MessageError as error:
+                    arriving.remove(one)
+                    _log.warning("event=unreadable_reply why=%s", error)
+                    continue
+                if reply is None:
                     continue
                 arriving.remove(one)
                 replies.append(reply)
@@ -474,7 +489,11 @@ class LinkGrid(Grid):
         ]
 
     def _whole(self, arriving: _Arriving) -> Message | None:
-        """The reply, if its last parts are there now; each part is asked for once."""
+        """The reply, if its last parts are there now; each part is asked for once.
+
+        Raises:
+            MessageError: if all parts are there and make no message; it was confirmed, and counts as no reply.
+        """
         for digest in tuple(arriving.missing):
             request = PullObjectRequest(node=self._node, run_id=self._run.run_id, object_id=digest)
             response = self._superlink.call(self._client.PullObject, request)
@@ -486,8 +505,12 @@ class LinkGrid(Grid):
             node=self._node, run_id=self._run.run_id, message_object_id=arriving.message_id
         )
         self._superlink.call(self._client.ConfirmMessageReceived, confirmed)
-        message = inflate_object_from_contents(arriving.message_id, dict(arriving.parts))
-        assert isinstance(message, Message)
+        try:
+            message = inflate_object_from_contents(arriving.message_id, dict(arriving.parts))
+        except Exception as error:  # parts come from a site: whatever they do, they are no message
+            raise MessageError(f"Expected the parts of a reply, got {type(error).__name__}.") from None
+        if not isinstance(message, Message):
+            raise MessageError(f"Expected a reply, got a {type(message).__name__}.")
         message.metadata.__dict__["_message_id"] = arriving.message_id
         return message
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from medfed.errors import CheckpointError
 
@@ -23,6 +23,16 @@ Phase = Literal["waiting", "running", "paused", "finished", "failed"]
 """``waiting`` for sites; ``paused`` between two tries after a round that could not be completed."""
 
 _WRITE_EVERY_S = 0.5
+
+
+def _is_a_moment(value: str) -> str:
+    if datetime.fromisoformat(value).tzinfo is None:
+        raise ValueError("expected a time with its zone")
+    return value
+
+
+Moment = Annotated[str, AfterValidator(_is_a_moment)]
+"""ISO 8601 with a zone."""
 
 
 class SiteStatus(BaseModel):
@@ -44,7 +54,7 @@ class SiteStatus(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
 
     is_online: bool = False
-    last_seen: str | None = None
+    last_seen: Moment | None = None
     last_action: str = ""
     round: Annotated[int, Field(ge=0)] = 0
     answers: int = 0
@@ -87,8 +97,8 @@ class RunStatus(BaseModel):
     num_rounds: int
     tries: int = 0
     process: int = 0
-    started_at: str
-    updated_at: str
+    started_at: Moment
+    updated_at: Moment
     round_seconds: float | None = None
     epsilon_planned: float | None = None
     delta: float | None = None

@@ -79,7 +79,7 @@ def _sites(status: RunStatus) -> Table:
             _bytes(site.bytes_sent),
             _bytes(site.bytes_received),
             "-" if site.epsilon is None else f"{site.epsilon:.3f}",
-            *((str(site.refusals), site.last_refusal) if refused else ()),
+            *((str(site.refusals), Text(site.last_refusal)) if refused else ()),
         )
     return table
 

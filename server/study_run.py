@@ -20,7 +20,15 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from medfed.consortium_documents import Roster
 from medfed.errors import ConsortiumError, LinkError, MedfedError, RoundError
-from medfed.messages import INSTRUCTION_FIELDS, RECORD_KEY, REPLY_FIELDS, RoundInstruction, RoundReply, exact_fields
+from medfed.messages import (
+    INSTRUCTION_FIELDS,
+    RECORD_KEY,
+    REPLY_FIELDS,
+    RoundInstruction,
+    RoundReply,
+    exact_fields,
+    told,
+)
 from medfed.study import FEDERATED, StudyConfig
 from privacy.plan import PrivacyPlan
 from server.app import app as server_app
@@ -239,10 +247,10 @@ class _Watch:
         site = self._site_of.get(reply.metadata.src_node_id)
         if site is None:
             return
-        action = reply.metadata.message_type
+        action = told(reply.metadata.message_type)
         if reply.has_error():
             self._board.answered(
-                site, action=action, round=self._training, payload_bytes=0, refusal=str(reply.error.reason)
+                site, action=action, round=self._training, payload_bytes=0, refusal=told(str(reply.error.reason))
             )
             return
         try:
@@ -261,5 +269,5 @@ class _Watch:
 
 
 def _record(message: Message) -> ConfigRecord:
-    record = message.content.get(RECORD_KEY)
+    record = message.content.get(RECORD_KEY) if message.has_content() else None
     return record if isinstance(record, ConfigRecord) else ConfigRecord()

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from medfed.errors import StudyError
 from medfed.models.folding import compressed
 from medfed.models.peft_folder import CONFIG, LORA_A, LORA_B, WEIGHTS, replace_pairs
+
+_LARGEST = 1e9
+"""No rank and no alpha is larger."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,12 @@ def compress(folder: Path, out: Path, rank: int) -> list[CompressedLayer]:
     try:
         tensors = load_file(folder / WEIGHTS)
         config = json.loads((folder / CONFIG).read_text())
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise StudyError(f"Expected an adapter folder at {folder}, got: {error}; check the path.") from None
     layers = sorted(name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A))
     if not layers:
         raise StudyError(f"Expected LoRA layers in {folder}, got none; there is nothing to compress.")
+    _check_form(config, tensors, layers, folder)
     _check_scale(config, folder)
     if out.exists():
         raise StudyError(f"Expected a new folder to write to, got {out}, which exists; name another.")
@@ -74,6 +80,34 @@ def compress(folder: Path, out: Path, rank: int) -> list[CompressedLayer]:
     shutil.copytree(folder, out)
     replace_pairs(out, pairs)
     return facts
+
+
+def _check_form(config: Any, tensors: Mapping[str, Tensor], layers: list[str], folder: Path) -> None:
+    """Refuse a configuration without ranks and scales, and a layer that is not a pair of finite matrices.
+
+    Raises:
+        StudyError: says which.
+    """
+    found = config if isinstance(config, dict) else {}
+    numbers = [found.get("r"), found.get("lora_alpha")]
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = found.get(key) or {}
+        numbers += pattern.values() if isinstance(pattern, dict) else [None]
+    if not all(isinstance(number, (int, float)) and 0 < number < _LARGEST for number in numbers):
+        raise StudyError(
+            f"Expected ranks and alphas above 0 in {folder / CONFIG}, got something else; restore the file."
+        )
+    for layer in layers:
+        b, a = tensors.get(f"{layer}{LORA_B}"), tensors[f"{layer}{LORA_A}"]
+        if b is None or b.dim() != 2 or a.dim() != 2 or b.shape[1] != a.shape[0] or b.shape[1] < 1:
+            raise StudyError(f"Expected a pair of matrices B A as {layer!r} in {folder}, got others; restore the file.")
+        if not (
+            a.is_floating_point()
+            and b.is_floating_point()
+            and a.double().isfinite().all()
+            and b.double().isfinite().all()
+        ):
+            raise StudyError(f"Expected finite numbers as {layer!r} in {folder}, got others; restore the file.")
 
 
 def _check_scale(config: dict[str, Any], folder: Path) -> None:
