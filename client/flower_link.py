@@ -354,8 +354,8 @@ class FleetLink:
         if status == httpx.codes.PRECONDITION_FAILED:
             return LinkError(
                 f"Expected {self._server} to begin a session with this site, got a refusal: the coordinator has not "
-                "enrolled it yet ('medfed provision --enrol'), or its last session ended less than a minute ago without "
-                "a goodbye; it is tried again."
+                "enrolled it yet ('medfed provision --enrol'), or its last session ended less than a minute ago "
+                "without a goodbye; it is tried again."
             )
         if status >= httpx.codes.INTERNAL_SERVER_ERROR or status == httpx.codes.TOO_MANY_REQUESTS:
             return LinkDownError(f"Expected {self._server} to be well, got HTTP {status}; it is tried again.")
