@@ -19,6 +19,7 @@ import os
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
+import hashlib
 import logging
 import math
 import threading
@@ -105,8 +106,10 @@ class Delivery:
         """The message; a new object at every call.
 
         Raises:
-            MessageError: if the parts do not make one.
+            MessageError: if the parts do not make one, or a part is not what its digest says: damaged, or exchanged.
         """
+        if any(hashlib.sha256(part).hexdigest() != digest for digest, part in self.objects.items()):
+            raise MessageError("Expected the parts of a message as their digests say, got others; ask again.")
         try:
             message = inflate_object_from_contents(self.message_id, dict(self.objects))
         except Exception as error:  # parts come from the network: whatever they do, they are no message

@@ -101,7 +101,10 @@ def _keep_registered(folder: ConsortiumFolder) -> None:
 def log_to_stderr() -> None:
     """Log events of the server to standard error."""
     logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        force=True,  # libraries that were imported before may have set up another form
     )
     logging.getLogger("medfed").setLevel(logging.INFO)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # otherwise a line for every look into a mailbox

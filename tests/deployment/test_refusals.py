@@ -1,0 +1,135 @@
+"""What a site refuses: with a quorum of others the study goes on, without one it stops with the reason in one line."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from client.approvals import remove_approval
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+TWO_OF_THREE = {"num_rounds": 2, "quorum": 2, "deadline_s": 30}
+
+
+def test_study_without_enough_approvals_stops_and_says_who_refused(deployment) -> None:
+    run = deployment.begin(deployment.sign("unapproved", approved_by=("east",), rounds=TWO_OF_THREE), tries=1)
+    reason = run.gives_up()
+    for site in ("north", "few"):
+        assert f"{site}: PolicyError: the site's policy does not allow it" in reason
+    assert "east" not in reason
+
+
+def test_study_goes_on_without_the_site_that_has_not_approved_it(deployment) -> None:
+    run = deployment.begin(deployment.sign("two-approved", approved_by=("east", "few"), rounds=TWO_OF_THREE))
+    run.finishes()
+    assert run.trained() == {1: ["east", "few"], 2: ["east", "few"]}
+    assert run.status.sites["north"].last_refusal.startswith("PolicyError")
+
+
+def test_approval_withdrawn_in_a_run_counts_from_the_next_round_on(deployment) -> None:
+    study = deployment.sign("withdrawn", rounds={**TWO_OF_THREE, "num_rounds": 3})
+    run = deployment.begin(study)
+    run.says("event=round_done scope=federated round=1")
+    digest = run.status.study_digest
+    remove_approval(deployment.folders["north"], digest)
+    run.finishes()
+    trained = run.trained()
+    assert trained[1] == ["north", "east", "few"]
+    assert trained[3] == ["east", "few"]
+
+
+def test_wrong_labels_nan_images_and_no_patients_are_refused_with_their_kind(deployment) -> None:
+    manifests = {site: folder.settings().data for site, folder in deployment.folders.items()}
+    kept = {path: path.read_bytes() for data in manifests.values() for path in data.parent.iterdir()}
+    label = np.full((64, 64), 7, dtype=np.uint8)
+    nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), manifests["north"].parent / "label0.nii.gz")
+    image = np.full((64, 64), np.nan, dtype=np.float32)
+    nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), manifests["east"].parent / "image0.nii.gz")
+    manifests["few"].write_text("image,label,patient_id,split\n")
+    try:
+        # another seed is another model: a site has not read its images for it yet
+        reason = deployment.begin(deployment.sign("bad-data", seed=6, rounds=TWO_OF_THREE), tries=1).gives_up()
+        for site in deployment.sites:
+            assert f"{site}: DataError: the site's cohort failed validation" in reason
+    finally:
+        for path, data in kept.items():
+            path.write_bytes(data)
+
+
+def test_site_whose_budget_is_used_up_drops_out_and_is_charged_nothing_more(deployment) -> None:
+    run = deployment.begin(deployment.sign_private("no-budget", rounds={**TWO_OF_THREE, "num_rounds": 3}))
+    run.says("event=round_done scope=federated round=1")
+    policy = deployment.folders["north"].policy_file
+    policy.write_text(policy.read_text().replace("epsilon = 1e4", "epsilon = 0.01"))
+    run.finishes()
+    rounds = [one.round for one in deployment.charges("north", "no-budget")]
+    assert rounds in ([1], [1, 2])  # the next round may have begun when the policy was changed
+    assert [one.round for one in deployment.charges("east", "no-budget")] == [1, 2, 3]
+    assert run.trained()[3] == ["east", "few"]
+    assert run.status.sites["north"].last_refusal.startswith("BudgetError")
+
+
+def test_disk_full_at_the_ledger_trains_nothing_and_the_site_is_back_when_there_is_room(
+    deployment, until: Callable
+) -> None:
+    deployment.begin(deployment.sign_private("makes-ledgers", rounds={"num_rounds": 1})).finishes()
+    pid, ledger = deployment.sites["north"].pid, deployment.folders["north"].ledger
+    unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    full = ledger.stat().st_size
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (full, unlimited[1]))
+    try:
+        run = deployment.begin(deployment.sign_private("disk-full", rounds={**TWO_OF_THREE, "num_rounds": 30}))
+        until(lambda: deployment.status_of(run, "north").last_refusal.startswith("LedgerError"), what="a refusal")
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+    run.finishes()
+    assert deployment.sites["north"].pid == pid
+    assert deployment.sites["north"].is_alive
+    charged = [one.round for one in deployment.charges("north", "disk-full")]
+    trained = [number for number, sites in run.trained().items() if "north" in sites]
+    assert charged == trained
+    assert len(charged) < 30
+    assert charged[-1] == 30
+    deployment.audit_log("north")
+
+
+def test_code_in_a_run_is_executed_by_no_site(deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.app import ConfigRecord, Message, RecordDict
+    from flwr.cli.build import build_fab_from_files
+
+    from server import flower_link
+    from server.service import superlink_of
+    from server.study_run import node_keys
+
+    trap = tmp_path / "executed"
+    bait = f"from pathlib import Path\nPath({str(trap)!r}).touch()\n".encode()
+    files = {
+        **flower_link._CODELESS_FAB,
+        "medfed/__init__.py": bait,
+        "client/__init__.py": bait,
+        "client/app.py": bait,
+        "server/app.py": bait,
+    }
+    pyproject = files["pyproject.toml"].replace(b'fab-include = ["LICENSE"]\n', b"")
+    files["pyproject.toml"] = pyproject
+    fab = build_fab_from_files(dict(files))[0]
+    assert b"client/__init__.py" in fab
+    exec(bait)
+    trap.unlink()
+    monkeypatch.setattr(flower_link, "_CODELESS_FAB", files)
+    signed = deployment.coordinator.signed_study(deployment.sign("evil")).study
+    superlink = superlink_of(deployment.coordinator)
+    nodes = flower_link.register_sites(superlink, node_keys(signed, deployment.coordinator.roster()))
+    with flower_link.StudyRun(superlink) as run:
+        content = RecordDict({"nothing": ConfigRecord({"x": 1})})
+        messages = [Message(content, node.node_id, "query.describe", ttl=30.0) for node in nodes.values()]
+        replies = run.grid.send_and_receive(messages, timeout=30)
+    assert [reply.error.reason for reply in replies] == ["RuntimeError"] * 3  # answered by the installed app
+    assert not trap.exists()
+    assert not list(deployment.root.rglob("*.fab"))

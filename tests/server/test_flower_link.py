@@ -1,0 +1,91 @@
+"""The guard of the service, and the refusal of another Flower."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+import medfed.flower_version
+from client.flower_link import FleetLink
+from medfed.errors import LinkError
+from medfed.flower_version import WORKS_WITH, require_flower
+from server.flower_link import CONTROL_HEADER, GuardedService, StudyRun, SuperLinkAddress, control_proof
+
+SECRET = b"a secret of this test"
+PROOF = (CONTROL_HEADER.encode(), control_proof(SECRET).encode())
+
+
+def status_of(path: str, *headers: tuple[bytes, bytes], kind: str = "http") -> int | None:
+    """What the guarded service answers; 200 is the service itself."""
+    sent: list[dict[str, Any]] = []
+
+    async def service(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(event: dict[str, Any]) -> None:
+        sent.append(event)
+
+    scope = {"type": kind, "path": path, "headers": list(headers)}
+    asyncio.run(GuardedService(service, SECRET)(scope, None, send))
+    return sent[0]["status"] if sent else None
+
+
+@pytest.mark.parametrize("path", ["/v1/fleet/pull-messages", "/health"])
+def test_a_site_reaches_its_mail_and_the_health_check_without_proof(path: str) -> None:
+    assert status_of(path) == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/start-run", "/v1/control/register-node", "/v1/runtime/acquire-task", "/", "", "/docs",
+        "/health/", "/v1/fleet", "/v1/Fleet/pull", "//v1/fleet/x", "/v1/fleetcontrol/x", "/x/v1/fleet/y",
+    ],
+)  # fmt: skip
+def test_everything_else_is_not_there_without_proof(path: str) -> None:
+    assert status_of(path) == 404
+    assert status_of(path, PROOF) == 200
+
+
+def test_wrong_doubled_or_other_proofs_open_nothing() -> None:
+    path = "/v1/control/start-run"
+    wrong = (PROOF[0], control_proof(b"another").encode())
+    for headers in (
+        [wrong],
+        [wrong, PROOF],
+        [PROOF, PROOF],
+        [(PROOF[0], b"")],
+        [(PROOF[0], SECRET)],
+        [(b"x", PROOF[1])],
+    ):
+        assert status_of(path, *headers) == 404
+
+
+def test_a_web_socket_is_told_nothing_and_the_service_may_begin_and_end() -> None:
+    assert status_of("/v1/fleet/x", PROOF, kind="websocket") is None
+    assert status_of("", kind="lifespan") == 200
+
+
+@pytest.mark.parametrize("installed", ["1.42.0", "1.40.9", "2.41.0", "1.4", "0"])
+def test_another_minor_version_of_flower_is_refused_with_the_one_that_works(
+    installed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(medfed.flower_version, "version", lambda _: installed)
+    with pytest.raises(LinkError, match=rf"Expected Flower {WORKS_WITH}.x, got {installed}; install it with"):
+        require_flower()
+    with pytest.raises(LinkError, match=installed):
+        FleetLink("127.0.0.1:1", b"", None)  # type: ignore[arg-type]
+    with pytest.raises(LinkError, match=installed):
+        StudyRun(SuperLinkAddress("127.0.0.1:1", b"", SECRET))
+
+
+@pytest.mark.parametrize("installed", ["1.41.0", "1.41.7", "1.41.0rc1"])
+def test_patch_versions_are_taken(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(medfed.flower_version, "version", lambda _: installed)
+    assert require_flower() == installed
+
+
+def test_the_secret_is_in_no_representation() -> None:
+    assert SECRET.decode() not in repr(SuperLinkAddress("127.0.0.1:1", b"", SECRET))
