@@ -1,6 +1,6 @@
-"""Does anything grow while a consortium works? Real processes, a tiny private study, many rounds.
+"""Does anything grow while a consortium works? Real processes, a tiny study, many rounds.
 
-    python benchmarks/deployment_soak.py FOLDER [--rounds 200] [--sites 8] [--json]
+    python benchmarks/deployment_soak.py FOLDER [--rounds 200] [--sites 8] [--private] [--json]
 
 Starts ``medfed server start``, ``medfed server run`` and a ``medfed site start`` for each site, and looks at each
 process every two seconds: private and resident memory, open files, sockets, threads. After a warm-up of a tenth of
@@ -62,9 +62,10 @@ class Look:
     site_state_bytes: int
 
 
-def soak(consortium: LocalConsortium, *, num_rounds: int) -> tuple[dict[str, list[Sample]], list[Look]]:
+def soak(consortium: LocalConsortium, *, num_rounds: int, private: bool) -> tuple[dict[str, list[Sample]], list[Look]]:
     """Run the study, and what was seen meanwhile."""
-    study = tiny_study(tuple(consortium.sites), num_rounds=num_rounds, evaluate_every=max(1, num_rounds // 10))
+    every = max(1, num_rounds // 10)
+    study = tiny_study(tuple(consortium.sites), num_rounds=num_rounds, evaluate_every=every, private=private)
     signed = consortium.approved(study)
     consortium.start("superlink", "server", "start", consortium.coordinator.root)
     for name, site in consortium.sites.items():
@@ -183,12 +184,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--sites", type=int, default=8)
+    parser.add_argument("--private", action="store_true", help="noised steps, and a ledger that is charged")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     machine = this_machine()
     names = [f"site-{number}" for number in range(1, asked.sites + 1)]
     with LocalConsortium.make(asked.folder.resolve(), names) as consortium:
-        samples, looks = soak(consortium, num_rounds=asked.rounds)
+        samples, looks = soak(consortium, num_rounds=asked.rounds, private=asked.private)
     rows = [
         row
         for name, seen in samples.items()

@@ -48,7 +48,7 @@ unit = "patient"
 PRIVACY = {
     "trust": "site",
     "unit": "patient",
-    "noise_multiplier": 1.0,
+    "noise_multiplier": 6.0,
     "delta": 0.01,
     "clip_norm": 1.0,
     "sampling_rate": 0.5,
@@ -76,7 +76,7 @@ class LocalConsortium:
 
     @classmethod
     def make(cls, root: Path, names: Sequence[str]) -> Self:
-        """Provision a consortium in a folder that does not exist yet, on a free port, and enrol sites of these names."""
+        """Provision a consortium in a new folder, on a free port, and enrol sites of these names."""
         root.mkdir(parents=True)
         file = root / "CONSORTIUM.toml"
         listed = "".join(f'[[sites]]\nname = "{name}"\n' for name in names)
@@ -132,21 +132,19 @@ class LocalConsortium:
                 process.wait()
 
 
-def tiny_study(sites: Sequence[str], *, num_rounds: int, evaluate_every: int) -> StudyConfig:
-    """Two noised steps a round, for patients of :func:`write_cohort`; the ledger is charged in every round."""
-    return StudyConfig.model_validate(
-        {
-            "name": "tiny",
-            "seed": 5,
-            "backbone": {"name": "stand-in-segmenter", "sha256": "0" * 64},
-            "adapter": {"rank": 2, "alpha": 4.0, "targets": "decoder-qv"},
-            "task": {"kind": "segmentation", "classes": ["near", "far"]},
-            "training": {"batch_size": 2, "learning_rate": 0.01},
-            "rounds": {"num_rounds": num_rounds, "evaluate_every": evaluate_every, "deadline_s": 120},
-            "privacy": PRIVACY,
-            "sites": [{"name": name, "declared_patients": 3} for name in sites],
-        }
-    )
+def tiny_study(sites: Sequence[str], *, num_rounds: int, evaluate_every: int, private: bool) -> StudyConfig:
+    """For patients of :func:`write_cohort`: an epoch a round, or two noised steps, for which the ledger is charged."""
+    study: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 5,
+        "backbone": {"name": "stand-in-segmenter", "sha256": "0" * 64},
+        "adapter": {"rank": 2, "alpha": 4.0, "targets": "decoder-qv"},
+        "task": {"kind": "segmentation", "classes": ["near", "far"]},
+        "training": {"batch_size": 2, "learning_rate": 0.01, **({} if private else {"local_epochs": 1})},
+        "rounds": {"num_rounds": num_rounds, "evaluate_every": evaluate_every, "deadline_s": 120},
+        "sites": [{"name": name, **({"declared_patients": 3} if private else {})} for name in sites],
+    }
+    return StudyConfig.model_validate({**study, "privacy": PRIVACY} if private else study)
 
 
 def write_cohort(folder: Path, *, train: int = 3, test: int = 2) -> Path:
@@ -172,10 +170,3 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def json_of(text: str) -> Any:
-    """The last line of an output, which is one JSON object."""
-    import json
-
-    return json.loads(text.strip().splitlines()[-1])
