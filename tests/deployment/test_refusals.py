@@ -119,6 +119,7 @@ def test_disk_full_at_the_ledger_trains_nothing_and_the_site_is_back_when_there_
     deployment.audit_log("north")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Flower matches names with
 def test_code_in_a_run_is_executed_by_no_site(deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flwr.app import ConfigRecord, Message, RecordDict
     from flwr.cli.build import build_fab_from_files
