@@ -116,6 +116,7 @@ class SiteWorker:
         self._epsilon_after = epsilon_after
         self._stop = stop
         self._states: dict[int, RecordDict] = {}
+        self._pending: Pending | None = None
 
     def run(self) -> None:
         """Serve until told to stop; a server that is away is waited for.
@@ -150,17 +151,19 @@ class SiteWorker:
 
     def _served_one(self) -> bool:
         """Serve the message that was begun, or the next one; False if there is none."""
-        pending = self._inbox.pending()
+        pending = self._pending or self._inbox.pending()  # a link that failed is no try: only a process that died is
         if pending is None:
             delivery = self._link.receive()
             if delivery is None:
                 return False
-            pending = self._inbox.begin(delivery)
+            pending = self._pending = self._inbox.begin(delivery)
             self._link.confirm(delivery)
-        else:
+        elif self._pending is None:
+            self._pending = pending
             _log.info("event=taken_up_again tries=%d", pending.tries)
         self._serve(pending)
         self._inbox.finish()
+        self._pending = None
         return True
 
     def _serve(self, pending: Pending) -> None:

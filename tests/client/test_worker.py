@@ -223,6 +223,21 @@ def test_a_link_that_fails_at_any_step_costs_time_alone(
     assert {answer.content[RECORD_KEY]["header"] for answer in answers} == {answers[0].content[RECORD_KEY]["header"]}
 
 
+@pytest.mark.parametrize("step", ["run_is_over", "before send", "after send"])
+def test_a_link_that_is_down_for_long_is_no_crash_of_the_site(make_life: Callable[..., Life], step: str) -> None:
+    life, failures = make_life(delivery()), list[str]()
+
+    def fail(where: str) -> None:
+        if where == step and len(failures) < 3 * MAX_TRIES:
+            failures.append(where)
+            raise LinkDownError("away")
+
+    life.fail = fail
+    life.live()
+    assert life.server.kinds == ["reply"]
+    assert len(life.trained) == 1
+
+
 def test_an_unended_session_is_ended_by_the_next_process(make_life: Callable[..., Life]) -> None:
     life = make_life(delivery())
     life.fail = once_at("before training", Killed())

@@ -76,7 +76,11 @@ def test_site_killed_between_the_stored_reply_and_sending_sends_what_it_stored(
 def test_private_site_killed_while_training_is_charged_once_for_each_round(deployment, until: Callable) -> None:
     run = deployment.begin(deployment.sign_private("private-killed"))
     open_charges = lambda: [one for one in deployment.charges("east", "private-killed") if one.outcome == "unsettled"]  # noqa: E731
-    until(lambda: deployment.folders["east"].ledger.exists() and open_charges(), what="a reservation", every=0.02)
+    until(
+        lambda: (deployment.folders["east"].state / "ledger.pub").exists() and open_charges(),
+        what="a reservation",
+        every=0.02,
+    )
     deployment.sites["east"].freeze()
     assert deployment.in_work("east").startswith("train")
     deployment.sites["east"].kill()
