@@ -84,9 +84,9 @@ def skewed(tmp_path: Path) -> Callable[[float], dict[str, str]]:
     return lambda seconds: {"PYTHONPATH": str(tmp_path), "SKEW_S": str(seconds)}
 
 
-def test_clock_two_minutes_ahead_changes_nothing(deployment, undisturbed: bytes, skewed: Callable) -> None:
+def test_clock_two_minutes_behind_changes_nothing(deployment, undisturbed: bytes, skewed: Callable) -> None:
     deployment.sites["east"].stop()
-    deployment.start_site("east", skewed(120)).says("event=connected")
+    deployment.start_site("east", skewed(-120)).says("event=connected")
     assert deployment.begin(deployment.sign("two-minutes")).finishes() == undisturbed
     deployment.sites["east"].stop()
 
@@ -95,7 +95,7 @@ def test_clock_an_hour_ahead_is_refused_and_the_site_says_so(deployment, skewed:
     deployment.sites["east"].stop()
     east = deployment.start_site("east", skewed(3600))
     east.says(
-        r"event=link_down .*its clock may differ by more than five minutes \(the server's is -3[56]\d\d s ahead\)"
+        r"event=link_down .*this clock may be 5 s ahead or 5 minutes behind \(the server's is -3[56]\d\d s ahead"
     )
     assert east.is_alive
     assert "event=connected" not in east.said
