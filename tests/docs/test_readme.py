@@ -67,3 +67,26 @@ def test_examples_name_the_weights_that_the_packages_ship() -> None:
         study = read_study(path)
         entry = backbone_of(study.backbone)
         assert entry.target_expression(study.adapter.targets)
+
+
+def medfed_commands(text: str) -> list[str]:
+    """Every command of the program in a shell text, one by one, without what the shell does with it."""
+    text = re.sub(r" 2>\S+", "", text.replace('"', ""))
+    return [found.strip() for found in re.findall(r"(?:^|; |do )\s*medfed ([^;&\n]*)", text, re.MULTILINE)]
+
+
+def test_block_of_the_readme_and_the_script_do_the_same_in_ten_lines() -> None:
+    (block,) = (b for b in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if "sign" in b)
+    assert len(block.strip().splitlines()) <= 10
+    script = (ROOT / "examples/consortium.sh").read_text().split("trap stop EXIT\n")[1].split('\necho "run ')[0]
+    for variable, value in (
+        ("$study", "examples/three-hospitals.toml"),
+        ("$consortium", "examples/consortium.toml"),
+        ("$demo", "demo"),
+        ("$site", "$s"),
+    ):
+        script = script.replace(variable, value)
+    commands = medfed_commands(block)
+    assert len(commands) == 12
+    assert medfed_commands(script) == commands
+    assert "examples/consortium.sh" in (ROOT / "Makefile").read_text()
