@@ -212,7 +212,7 @@ def _wire(consortium: LocalConsortium, rounds: Rounds, grid: Grid, payload: byte
 
 
 def _killed(consortium: LocalConsortium, rounds: Rounds, grid: Grid, payload: bytes) -> Iterator[Row]:
-    """Seconds that kill -9 after a second of work adds, where the process is started again at once."""
+    """Seconds that kill -9 in the middle of its work adds, where the process is started again at once."""
     name = OURS[0]
     took: list[float] = []
     for kill in (False, True):
@@ -231,7 +231,7 @@ def _killed(consortium: LocalConsortium, rounds: Rounds, grid: Grid, payload: by
             replies = list(grid.pull_messages(waiting))
         took.append(time.perf_counter() - began_s)
         require_echoes(replies, 1, payload)
-    yield Row(f"a worker killed at {WORK_S} s of work adds", took[1] - took[0], "s")
+    yield Row(f"a worker killed half-way through {WORK_S} s of work adds", took[1] - took[0], "s")
 
 
 def _first_answer(consortium: LocalConsortium, grid: Grid, node: int) -> Iterator[Row]:

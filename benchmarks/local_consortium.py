@@ -116,6 +116,7 @@ class LocalConsortium:
         return (self.root / f"{name}.log").read_text()
 
     def __enter__(self) -> Self:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # whatever ends this process ends the others
         return self
 
     def __exit__(
