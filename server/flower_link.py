@@ -318,7 +318,11 @@ class SiteNode:
 
 
 def register_sites(
-    superlink: SuperLinkAddress, keys: Mapping[str, EllipticCurvePublicKey], *, and_no_others: bool = False
+    superlink: SuperLinkAddress,
+    keys: Mapping[str, EllipticCurvePublicKey],
+    *,
+    and_no_others: bool = False,
+    _again: bool = True,
 ) -> dict[str, SiteNode]:
     """Register what is not registered yet; the sites by name.
 
@@ -350,7 +354,15 @@ def register_sites(
         for key, site in by_key.items():
             if site not in known:
                 request = RegisterNodeRequest(public_key=key, name=site)
-                known[site] = SiteNode(superlink.call(control.RegisterNode, request).node_id, is_online=False)
+                try:
+                    known[site] = SiteNode(superlink.call(control.RegisterNode, request).node_id, is_online=False)
+                except LinkDownError:
+                    raise
+                except LinkError:
+                    if not _again:
+                        raise
+                    # another process of this consortium registered it in between
+                    return register_sites(superlink, keys, and_no_others=and_no_others, _again=False)
                 _log.info("event=registered site=%s", site)
     return known
 
