@@ -259,9 +259,9 @@ def test_run_that_stopped_after_any_round_goes_on_with_the_same_bits(name: str, 
     state = resumed = made.start(initial_adapter())
     for number in range(1, ROUNDS + 1):
         adapter_P = MANIFEST.flatten(resumed.adapter)
-        empty = Checkpoint("d", "federated", number, adapter_P, (), WEIGHTS)
+        empty = Checkpoint("d" * 64, "federated", number, adapter_P, (), WEIGHTS)
         write_checkpoint(tmp_path, replace(empty, broadcast=dict(resumed.broadcast), memory=dict(resumed.memory)))
-        read = read_checkpoint(tmp_path, MANIFEST, study_digest="d", scope="federated")
+        read = read_checkpoint(tmp_path, MANIFEST, study_digest="d" * 64, scope="federated")
         assert read is not None
         resumed = State(MANIFEST.unflatten(read.adapter_P), read.broadcast, read.memory)
         resumed = play(strategy(name), number, resumed).following
