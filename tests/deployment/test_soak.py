@@ -24,7 +24,7 @@ def test_twenty_rounds_with_three_sites_gain_no_files_and_little_memory(tmp_path
     rows = {row["name"]: row["value"] for row in json.loads(done.stdout)["rows"]}
     assert rows["rounds"] == 20
     for process in ("server", "site-1", "site-2", "site-3"):
-        assert rows[f"{process}: files gained"] <= 0
+        assert rows[f"{process}: files gained"] <= 2  # a connection more in a pool; one leaked a round would be 20
         assert rows[f"{process}: threads gained"] <= 0
     for process in ("superlink", "server", "site-1", "site-2", "site-3"):
         assert rows[f"{process}: files, most"] < 64  # Flower's service keeps a changing number of its database open
