@@ -30,6 +30,8 @@ from simulation.bench.rows import Row, printed, table, this_machine
 
 LOOK_EVERY_S = 2.0
 WARM_UP = 0.1
+HEARTBEAT_S = 12.0
+"""Heartbeats come every ten seconds over a second connection that idles for five: no part looked at may be shorter."""
 NUM_BLOCKS = 20
 SLOPE_KIB = 16.0
 """Private memory that a process may gain in a round: 1,000 rounds are 16 MiB."""
@@ -164,7 +166,7 @@ def judge(name: str, samples: list[Sample], *, warm_up: int, long: bool) -> Iter
     if len(kept) < 3:
         raise SystemExit(f"Expected three looks at {name} after round {warm_up}, got {len(kept)}; run more rounds.")
     slope = slope_of([sample.round for sample in kept], [sample.private_bytes for sample in kept])
-    part = max(1, len(kept) // 5)
+    part = max(round(HEARTBEAT_S / LOOK_EVERY_S), len(kept) // 5)
     first, last = kept[:part], kept[-part:]
     growth = statistics.median(s.private_bytes for s in last) - statistics.median(s.private_bytes for s in first)
     yield Row(f"{name}: private memory", slope.bytes_per_round / KIB, "KiB/round", SLOPE_KIB if long else None)
