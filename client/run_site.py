@@ -6,7 +6,6 @@ import fcntl
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from client.site_folder import SiteFolder, existing_site
 from medfed.durable_file import replace_durably
 from medfed.errors import SiteError
 from medfed.private_file import read_private
+from medfed.process_log import log_to_stderr
 from medfed.signing import read_key
 
 _log = logging.getLogger("medfed.client.run_site")
@@ -64,7 +64,7 @@ def run_site(root: Path, *, verbose: bool = False) -> None:
     Raises:
         MedfedError: if the site cannot be opened, is served already, or cannot write down what it does.
     """
-    _log_to_stderr(verbose)
+    log_to_stderr(verbose=verbose)
     folder = existing_site(root)
     os.environ["MEDFED_SITE"] = str(folder.root)
     from client.app import app
@@ -147,10 +147,3 @@ def _stopped_by_signals() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return stop
-
-
-def _log_to_stderr(verbose: bool) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
-    logging.getLogger("medfed").setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -167,6 +167,13 @@ class Member(BaseModel):
     node_key: NodeKey
     signing_key: Digest
 
+    @property
+    def public_node_key(self) -> ec.EllipticCurvePublicKey:
+        """The node's key, ready to be used."""
+        key = serialization.load_ssh_public_key(self.node_key.encode())
+        assert isinstance(key, ec.EllipticCurvePublicKey)  # NodeKey takes no other
+        return key
+
 
 class Roster(DocumentBody):
     """The sites that have enrolled.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -15,29 +14,43 @@ from rich.console import Console
 from rich.live import Live
 
 from medfed.errors import CheckpointError
+from medfed.process_log import log_to_stderr
 from medfed.study import StudyConfig, parse_study
 from server.checkpoint import write_durably
 from server.consortium_folder import ConsortiumFolder, open_consortium
 from server.metrics_endpoint import serve_metrics
+from server.new_run import new_run_folder
 from server.results import read_results, rows_of
 from server.run_status import StatusBoard, read_status
-from server.service import log_to_stderr, superlink_of
+from server.service import superlink_of
 from server.status_table import status_view
 from server.study_run import Patience, first_status, node_keys, run_study
 
 _STUDY = "study.json"
 
 
-def run_signed_study(
-    consortium: Path,
-    study_file: Path,
-    *,
-    wait_s: float,
-    tries: int,
-    superlink: str | None,
-    metrics: tuple[str, int | None],
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class HowToRun:
+    """What the options of ``run`` and ``resume`` say.
+
+    Attributes:
+        wait_s: for a quorum of sites.
+        tries: in a row without a completed round, before giving up.
+        superlink: ``host:port``, if not where CONSORTIUM.toml says.
+        metrics_host: of the Prometheus endpoint.
+        metrics_port: of it; None for no endpoint.
+        as_json: print one object at the end.
+    """
+
+    wait_s: float
+    tries: int
+    superlink: str | None
+    metrics_host: str
+    metrics_port: int | None
+    as_json: bool
+
+
+def run_signed_study(consortium: Path, study_file: Path, how: HowToRun) -> None:
     """Begin a run of a signed study.
 
     Raises:
@@ -45,22 +58,13 @@ def run_signed_study(
     """
     folder = open_consortium(consortium)
     study = folder.signed_study(study_file).study
-    run_dir = _new_run_folder(folder.runs, study.name)
+    run_dir = new_run_folder(folder.runs, study.name)
     write_durably(run_dir / _STUDY, study.canonical)
     board = StatusBoard(run_dir, first_status(study, folder.config.name))
-    _run(folder, study, run_dir, board, wait_s, tries, superlink, metrics, as_json)
+    _run(folder, study, run_dir, board, how)
 
 
-def resume_run(
-    consortium: Path,
-    run_dir: Path,
-    *,
-    wait_s: float,
-    tries: int,
-    superlink: str | None,
-    metrics: tuple[str, int | None],
-    as_json: bool,
-) -> None:
+def resume_run(consortium: Path, run_dir: Path, how: HowToRun) -> None:
     """Go on with a run.
 
     Raises:
@@ -74,41 +78,30 @@ def resume_run(
     status = read_status(run_dir)
     if status.consortium != folder.config.name:
         raise CheckpointError(f"Expected a run of {folder.config.name!r}, got one of {status.consortium!r}.")
-    _run(folder, study, run_dir, StatusBoard(run_dir, status), wait_s, tries, superlink, metrics, as_json)
+    _run(folder, study, run_dir, StatusBoard(run_dir, status), how)
 
 
-def _run(
-    folder: ConsortiumFolder,
-    study: StudyConfig,
-    run_dir: Path,
-    board: StatusBoard,
-    wait_s: float,
-    tries: int,
-    superlink: str | None,
-    metrics: tuple[str, int | None],
-    as_json: bool,
-) -> None:
+def _run(folder: ConsortiumFolder, study: StudyConfig, run_dir: Path, board: StatusBoard, how: HowToRun) -> None:
     console = Console(stderr=True)
     if not console.is_terminal:
         log_to_stderr()
-    host, port = metrics
-    if port is not None:
-        serve_metrics(board.snapshot, host=host, port=port)
+    if how.metrics_port is not None:
+        serve_metrics(board.snapshot, host=how.metrics_host, port=how.metrics_port)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, _interrupt)
-    if not as_json:
+    if not how.as_json:
         typer.echo(f"run {run_dir}")
     with _live(console, board):
         run_study(
             study,
             node_keys(study, folder.roster()),
-            superlink_of(folder, superlink),
+            superlink_of(folder, how.superlink),
             board,
             folder=run_dir,
-            patience=Patience(sites_s=wait_s, tries=tries),
+            patience=Patience(sites_s=how.wait_s, tries=how.tries),
             stop=stop,
         )
-    if as_json:
+    if how.as_json:
         typer.echo((run_dir / "summary.json").read_text())
         return
     _show(run_dir)
@@ -138,18 +131,6 @@ def _live(console: Console, board: StatusBoard) -> AbstractContextManager[object
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def _new_run_folder(parent: Path, study_name: str) -> Path:
-    """A new, empty folder ``<parent>/<study>-<local time>``, with a suffix if that exists."""
-    while True:
-        folder = parent / f"{study_name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            time.sleep(0.2)
-            continue
-        return folder.resolve()
 
 
 def newest_run(place: Path) -> Path:

@@ -75,17 +75,17 @@ def run(
 
       medfed server run consortium consortium/studies/my-study-3f1c9a2b7d4e.study
     """
-    from server.run_command import run_signed_study
+    from server.run_command import HowToRun, run_signed_study
 
-    run_signed_study(
-        consortium,
-        study,
+    how = HowToRun(
         wait_s=wait,
         tries=tries,
         superlink=superlink,
-        metrics=(metrics_host, metrics_port),
+        metrics_host=metrics_host,
+        metrics_port=metrics_port,
         as_json=as_json,
     )
+    run_signed_study(consortium, study, how)
 
 
 @app.command(no_args_is_help=True)
@@ -105,17 +105,17 @@ def resume(
 
       medfed server resume consortium consortium/runs/my-study-20260101-120000
     """
-    from server.run_command import resume_run
+    from server.run_command import HowToRun, resume_run
 
-    resume_run(
-        consortium,
-        run_dir,
+    how = HowToRun(
         wait_s=wait,
         tries=tries,
         superlink=superlink,
-        metrics=(metrics_host, metrics_port),
+        metrics_host=metrics_host,
+        metrics_port=metrics_port,
         as_json=as_json,
     )
+    resume_run(consortium, run_dir, how)
 
 
 @app.command(no_args_is_help=True)

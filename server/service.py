@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import sys
 import threading
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-
 from medfed.errors import ConsortiumError, DocumentError, LinkError, SiteError
 from medfed.private_file import read_private
+from medfed.process_log import log_to_stderr
 from server.consortium_folder import ConsortiumFolder, open_consortium
 from server.flower_link import SuperLinkAddress, SuperLinkFiles, register_sites, serve_superlink
 from server.provisioning import check_server
@@ -83,11 +80,7 @@ def _keep_registered(folder: ConsortiumFolder) -> None:
     while True:
         try:
             if folder.roster_file.exists() and (data := folder.roster_file.read_bytes()) != seen:
-                keys: dict[str, EllipticCurvePublicKey] = {}
-                for member in folder.roster().members:
-                    key = load_ssh_public_key(member.node_key.encode())
-                    assert isinstance(key, EllipticCurvePublicKey)  # the roster takes no other
-                    keys[member.site] = key
+                keys = {member.site: member.public_node_key for member in folder.roster().members}
                 register_sites(superlink, keys, and_no_others=True)
                 seen = data
                 _log.info("event=roster sites=%s", ",".join(keys))
@@ -96,18 +89,6 @@ def _keep_registered(folder: ConsortiumFolder) -> None:
                 told = str(error)
                 _log.warning("event=not_registered why=%s", told)
         pause.wait(_LOOK_EVERY_S)
-
-
-def log_to_stderr() -> None:
-    """Log events of the server to standard error."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        force=True,  # libraries that were imported before may have set up another form
-    )
-    logging.getLogger("medfed").setLevel(logging.INFO)
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # otherwise a line for every look into a mailbox
 
 
 def _is_loopback(host: str) -> bool:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from medfed.consortium_documents import Roster
@@ -69,13 +68,7 @@ def node_keys(study: StudyConfig, roster: Roster) -> dict[str, EllipticCurvePubl
             f"Expected the study's sites in the roster, got none for {', '.join(missing)}; enrol them with "
             "'medfed provision --enrol'."
         )
-    keys: dict[str, EllipticCurvePublicKey] = {}
-    for site, member in members.items():
-        assert member is not None
-        key = load_ssh_public_key(member.node_key.encode())
-        assert isinstance(key, EllipticCurvePublicKey)  # the roster takes no other
-        keys[site] = key
-    return keys
+    return {site: member.public_node_key for site, member in members.items() if member is not None}
 
 
 def first_status(study: StudyConfig, consortium: str) -> RunStatus:

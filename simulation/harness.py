@@ -33,6 +33,7 @@ from privacy.accounting import epsilon_spent
 from privacy.plan import PrivacyPlan, calibrated
 from server.checkpoint import read_checkpoint, write_durably
 from server.evaluation import EvaluatedColumn
+from server.new_run import new_run_folder
 from server.report import write_report
 from server.results import Results
 from simulation.arms import Arm, arms_of, without
@@ -49,7 +50,6 @@ from simulation.run_folder import (
     cache_folder,
     config_folder,
     metrics_of,
-    new_run_folder,
     store_options,
     store_study,
     stored_options,

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import os
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,19 +31,6 @@ from medfed.device import DeviceChoice
 from medfed.errors import CheckpointError
 from medfed.study import StudyConfig, parse_study
 from server.checkpoint import write_durably
-
-
-def new_run_folder(parent: Path, study_name: str) -> Path:
-    """A new, empty folder ``<parent>/<study>-<local time>``, with a suffix if that exists."""
-    stem = f"{study_name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
-        folder = parent / f"{stem}{suffix}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder.resolve()
-    raise CheckpointError(f"Expected to make a run folder {parent / stem}, got too many of that name.")
 
 
 def store_study(folder: Path, study: StudyConfig) -> None:
