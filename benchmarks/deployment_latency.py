@@ -207,7 +207,7 @@ def _wire(consortium: LocalConsortium, rounds: Rounds, grid: Grid, payload: byte
     yield Row("payload each way, 1M floats", float(len(payload)), "bytes")
     yield Row("on the wire to a site, a round of 1M floats", (proxy.down_bytes - before[1]) / 3, "bytes")
     yield Row("on the wire from a site, a round of 1M floats", (proxy.up_bytes - before[0]) / 3, "bytes")
-    yield Row("on the wire, a site that waits, five polls a second", idle_bytes / 5, "bytes/s")
+    yield Row("on the wire, a site that waits, in the first 5 s", idle_bytes / 5, "bytes/s")
     consortium.processes[COUNTED].terminate()
 
 

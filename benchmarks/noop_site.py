@@ -19,10 +19,11 @@ from client.audit_log import AuditLog
 from client.flower_link import FleetLink
 from client.inbox import Inbox
 from client.reply_store import ReplyStore, question_digest
-from client.run_site import SessionFile, _log_to_stderr, _node_key, _stopped_by_signals
+from client.run_site import SessionFile, node_key_of, stopped_by_signals
 from client.site_folder import SiteFolder, existing_site
 from client.worker import SiteWorker
 from medfed.messages import INSTRUCTION_FIELDS, RECORD_KEY, RoundInstruction, RoundReply, bytes_field, exact_fields
+from medfed.process_log import log_to_stderr
 from medfed.signing import read_key
 
 
@@ -48,12 +49,12 @@ def echo_app(folder: SiteFolder, site: str) -> ClientApp:
 
 def main() -> None:
     """Serve until stopped."""
-    _log_to_stderr(verbose=False)
+    log_to_stderr()
     folder = existing_site(Path(sys.argv[1]))
     kit = folder.kit
     server = sys.argv[2] if len(sys.argv) > 2 else str(kit.server)
     session = SessionFile(folder.state / "session")
-    with FleetLink(server, kit.ca_certificate.encode(), _node_key(folder)) as link:
+    with FleetLink(server, kit.ca_certificate.encode(), node_key_of(folder)) as link:
         SiteWorker(
             link,
             echo_app(folder, kit.site),
@@ -61,7 +62,7 @@ def main() -> None:
             audit_log=AuditLog(folder.state, read_key(folder.ledger_key)),
             session=session,
             epsilon_after=lambda _: 0.0,
-            stop=_stopped_by_signals(),
+            stop=stopped_by_signals(),
         ).run()
     session.ended()
 

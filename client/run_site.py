@@ -78,10 +78,10 @@ def run_site(root: Path, *, verbose: bool = False) -> None:
         began_s = time.monotonic()
         site = site_of({})
         audit_log = AuditLog(folder.state, read_key(folder.ledger_key))
-        stop = _stopped_by_signals()
+        stop = stopped_by_signals()
         session = SessionFile(folder.state / "session")
         kit = folder.kit
-        link = FleetLink(str(kit.server), kit.ca_certificate.encode(), _node_key(folder))
+        link = FleetLink(str(kit.server), kit.ca_certificate.encode(), node_key_of(folder))
         _log.info("event=started site=%s server=%s seconds=%.1f", site.name, kit.server, time.monotonic() - began_s)
         with link:
             SiteWorker(
@@ -97,7 +97,12 @@ def run_site(root: Path, *, verbose: bool = False) -> None:
     _log.info("event=stopped site=%s", site.name)
 
 
-def _node_key(folder: SiteFolder) -> EllipticCurvePrivateKey:
+def node_key_of(folder: SiteFolder) -> EllipticCurvePrivateKey:
+    """The key by which the server knows this site.
+
+    Raises:
+        SiteError: if there is no such key, or one of another kind.
+    """
     data = read_private(folder.node_key, "node key")
     try:
         key = load_ssh_private_key(data, None)
@@ -142,7 +147,8 @@ def _lock_file(folder: SiteFolder) -> Path:
     return folder.state / "lock"
 
 
-def _stopped_by_signals() -> threading.Event:
+def stopped_by_signals() -> threading.Event:
+    """Set when this process is asked to end, by SIGTERM or Ctrl-C; the message in work is finished first."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -29,13 +29,12 @@ from client.flower_link import Delivery, error_reply
 from client.inbox import MAX_TRIES, Inbox, Pending
 from medfed.errors import LinkDownError, LinkError, MessageError
 from medfed.messages import INSTRUCTION_FIELDS, RECORD_KEY, RoundInstruction, RoundReply, exact_fields, told
+from medfed.polling import pause_s
 
 _log = logging.getLogger("medfed.client.worker")
 
-_QUICK_POLL_S = 0.2
-_SLOW_POLL_S = 2.0
-_QUICK_FOR_S = 60.0
-"""After a message the next is looked for often; after a minute without one, less so."""
+_LONGEST_POLL_S = 2.0
+"""Between two looks for a message, where none came for long."""
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
@@ -125,7 +124,7 @@ class SiteWorker:
             AuditLogError: if what leaves cannot be noted; nothing left.
             SiteError: if a message cannot be written down; it was not confirmed.
         """
-        pause_s = _FIRST_PAUSE_S
+        retry_s = _FIRST_PAUSE_S
         problem = ""
         last_message_s = time.monotonic()
         while not self._stop.is_set():
@@ -136,18 +135,17 @@ class SiteWorker:
                 if self._served_one():
                     last_message_s = time.monotonic()
                     continue
-                pause_s, problem = _FIRST_PAUSE_S, ""
+                retry_s, problem = _FIRST_PAUSE_S, ""
             except LinkError as error:
                 if not isinstance(error, LinkDownError):
                     self._link.lost()
                 if str(error) != problem:  # once, not every half minute for a night
                     problem = str(error)
                     _log.warning("event=link_down why=%s", problem)
-                self._stop.wait(pause_s * random.uniform(0.8, 1.2))  # noqa: S311 - so that sites do not come back at once
-                pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
+                self._stop.wait(retry_s * random.uniform(0.8, 1.2))  # noqa: S311 - so that sites do not come back at once
+                retry_s = min(_LONGEST_PAUSE_S, 2 * retry_s)
                 continue
-            idle_s = time.monotonic() - last_message_s
-            self._stop.wait(_QUICK_POLL_S if idle_s < _QUICK_FOR_S else _SLOW_POLL_S)
+            self._stop.wait(pause_s(time.monotonic() - last_message_s, _LONGEST_POLL_S))
 
     def _served_one(self) -> bool:
         """Serve the message that was begun, or the next one; False if there is none."""

@@ -76,6 +76,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from medfed.errors import LinkDownError, LinkError, MessageError
 from medfed.flower_version import require_flower
+from medfed.polling import pause_s
 
 _log = logging.getLogger("medfed.server.flower_link")
 
@@ -111,6 +112,9 @@ serverapp = "server.app:app"
 clientapp = "client.app:app"
 """,
 }
+
+_LONGEST_POLL_S = 0.5
+"""Between two looks for replies, where none came for long."""
 
 _HEARTBEAT_S = 15.0
 """The SuperLink gives a task up after 60 s without a sign."""
@@ -447,11 +451,11 @@ class LinkGrid(Grid):
         waiting = {message_id for message_id in self.push_messages(messages) if message_id}
         arriving: list[_Arriving] = []
         replies: list[Message] = []
-        pause_s = 0.05
+        last_reply_s = time.monotonic()
         while (waiting or arriving) and time.monotonic() < end:
             if waiting and (announced := self._announced(waiting)):
                 arriving += announced
-                pause_s = 0.05
+                last_reply_s = time.monotonic()
             for one in tuple(arriving):
                 try:
                     reply = self._whole(one)
@@ -466,8 +470,8 @@ class LinkGrid(Grid):
                 self._on_reply(reply)
             waiting -= self._answered
             if waiting or arriving:
-                time.sleep(max(0.0, min(pause_s, end - time.monotonic())))
-                pause_s = min(0.5, 1.2 * pause_s)
+                now_s = time.monotonic()
+                time.sleep(max(0.0, min(pause_s(now_s - last_reply_s, _LONGEST_POLL_S), end - now_s)))
         return replies
 
     def _pushed(self, message: Message) -> str:
