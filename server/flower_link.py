@@ -428,8 +428,35 @@ class LinkGrid(Grid):
         return [node.node_id for node in self._superlink.call(self._client.GetNodes, GetNodesRequest()).nodes]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Hand messages to the SuperLink; their ids, empty for one that it did not take."""
-        return [self._pushed(message) for message in messages]
+        """Hand messages to the SuperLink; their ids, empty for one that it did not take.
+
+        All are announced at once, so that a part that they share travels once, whatever the number of sites.
+        """
+        asked = list(messages)
+        if not asked:
+            return []
+        parts: dict[str, bytes] = {}
+        with no_object_id_recompute():
+            for message in asked:
+                message.metadata.__dict__["_message_id"] = message.object_id
+                parts |= {digest: part.deflate() for digest, part in get_all_nested_objects(message).items()}
+            request = PushAppMessagesRequest(
+                messages_list=[message_to_proto(remove_content_from_message(message)) for message in asked],
+                message_object_trees=[get_object_tree(message) for message in asked],
+            )
+        response = self._superlink.call(self._client.PushMessages, request)
+        for digest in response.objects_to_push:
+            part = PushObjectRequest(
+                node=self._node,
+                run_id=self._run.run_id,
+                object_id=digest,
+                object_content=parts[digest],
+                session_id=response.session_id,
+            )
+            self._superlink.call(self._client.PushObject, part)
+        for message in asked:
+            self._on_sent(message)
+        return [str(message_id) for message_id in response.message_ids]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Replies to these messages that are there whole by now, each once."""
@@ -473,27 +500,6 @@ class LinkGrid(Grid):
                 now_s = time.monotonic()
                 time.sleep(max(0.0, min(pause_s(now_s - last_reply_s, _LONGEST_POLL_S), end - now_s)))
         return replies
-
-    def _pushed(self, message: Message) -> str:
-        with no_object_id_recompute():
-            message.metadata.__dict__["_message_id"] = message.object_id
-            parts = {digest: part.deflate() for digest, part in get_all_nested_objects(message).items()}
-            request = PushAppMessagesRequest(
-                messages_list=[message_to_proto(remove_content_from_message(message))],
-                message_object_trees=[get_object_tree(message)],
-            )
-        response = self._superlink.call(self._client.PushMessages, request)
-        for digest in response.objects_to_push:
-            part = PushObjectRequest(
-                node=self._node,
-                run_id=self._run.run_id,
-                object_id=digest,
-                object_content=parts[digest],
-                session_id=response.session_id,
-            )
-            self._superlink.call(self._client.PushObject, part)
-        self._on_sent(message)
-        return str(response.message_ids[0])
 
     def _announced(self, message_ids: Iterable[str]) -> list[_Arriving]:
         request = PullAppMessagesRequest(message_ids=list(message_ids))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app.message import make_message
+from flwr.app.metadata import Metadata
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
 import medfed.flower_version
 from client.flower_link import FleetLink
 from medfed.errors import LinkError
 from medfed.flower_version import WORKS_WITH, require_flower
-from server.flower_link import CONTROL_HEADER, GuardedService, StudyRun, SuperLinkAddress, control_proof
+from server.flower_link import CONTROL_HEADER, GuardedService, LinkGrid, StudyRun, SuperLinkAddress, control_proof
 
 SECRET = b"a secret of this test"
 PROOF = (CONTROL_HEADER.encode(), control_proof(SECRET).encode())
@@ -89,3 +95,37 @@ def test_patch_versions_are_taken(installed: str, monkeypatch: pytest.MonkeyPatc
 
 def test_the_secret_is_in_no_representation() -> None:
     assert SECRET.decode() not in repr(SuperLinkAddress("127.0.0.1:1", b"", SECRET))
+
+
+def test_a_part_that_messages_share_travels_once() -> None:
+    adapter, pushed, announced = os.urandom(1000), [], []
+
+    def call(_: object, request: Any) -> Any:
+        if hasattr(request, "messages_list"):
+            announced.append(request)
+            digests = [part.object_id for tree in request.message_object_trees for part in iterate_object_tree(tree)]
+            ids = [message.metadata.message_id for message in request.messages_list]
+            return SimpleNamespace(message_ids=ids, objects_to_push=list(dict.fromkeys(digests)), session_id="s")
+        pushed.append(request.object_content)
+        return None
+
+    sent: list[Message] = []
+    grid = LinkGrid(
+        SimpleNamespace(call=call),  # type: ignore[arg-type]
+        SimpleNamespace(PushMessages=None, PushObject=None),  # type: ignore[arg-type]
+        SimpleNamespace(run_id=1),  # type: ignore[arg-type]
+        on_sent=sent.append,
+        on_reply=lambda _: None,
+    )
+    messages = [
+        make_message(
+            Metadata(1, "", 1, node, "", "3", 1.0, 60.0, "train"),
+            content=RecordDict({"r": ConfigRecord({"adapter": adapter})}),
+        )
+        for node in (7, 8, 9)
+    ]
+    assert grid.push_messages(messages) == [message.object_id for message in messages]
+    assert sent == messages
+    assert len(announced) == 1
+    assert len([content for content in pushed if adapter in content]) == 1
+    assert grid.push_messages([]) == []
