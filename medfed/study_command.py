@@ -17,8 +17,9 @@ _Study = Annotated[Path, typer.Argument(help="Study file (TOML).", show_default=
 def validate(
     study: _Study, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
 ) -> None:
-    """Check every key and value, the backbone's digest and the paths; say what the study is."""
+    """Check every key and value, shift presets, the backbone's digest and the paths; say what the study is."""
     from medfed.models.registry import backbone_of
+    from medfed.shift_presets import resolved_at
     from medfed.study import read_study
     from medfed.study_sections import LoraAdapterConfig
 
@@ -26,6 +27,8 @@ def validate(
     backbone = backbone_of(config.backbone)
     if isinstance(config.adapter, LoraAdapterConfig):
         backbone.target_expression(config.adapter.targets)
+    for site in config.sites:
+        resolved_at(site)
     facts = {"name": config.name, "sites": list(config.site_names), "rounds": config.rounds.num_rounds}
     if as_json:
         typer.echo(json.dumps({**facts, "digest": config.digest}))

@@ -158,10 +158,10 @@ def shift(
     from rich.console import Console
 
     from medfed.errors import DataError
+    from medfed.shift_presets import resolved
     from medfed.shift_profile import ShiftProfile
     from simulation.progress import bar
     from simulation.shift.partition import read_rows
-    from simulation.shift.presets import resolved
     from simulation.shift.real_images import shift_images
 
     try:
@@ -194,7 +194,7 @@ def presets(
     from rich.console import Console
     from rich.table import Table
 
-    from simulation.shift.presets import PRESETS
+    from medfed.shift_presets import PRESETS
 
     if sheet is not None:
         from server.checkpoint import write_durably

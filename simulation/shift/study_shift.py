@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pydantic import ValidationError
-
 from medfed.errors import StudyError
+from medfed.shift_presets import resolved_at
 from medfed.shift_profile import ShiftProfile
 from medfed.study import StudyConfig
 from simulation.shift.availability import attendance
 from simulation.shift.labels import prevalence_of
-from simulation.shift.presets import resolved
 
 
 def shifts_of(study: StudyConfig) -> dict[str, ShiftProfile]:
@@ -22,15 +20,9 @@ def shifts_of(study: StudyConfig) -> dict[str, ShiftProfile]:
     """
     shifts = {}
     for site in study.sites:
-        if site.shift is None:
+        shift = resolved_at(site)
+        if shift is None:
             continue
-        try:
-            shift = resolved(site.shift)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise StudyError(f"site {site.name!r}: shift: {first['msg']}") from None
-        except ValueError as error:
-            raise StudyError(f"site {site.name!r}: shift.presets: {error}") from None
         if study.cohort is None and (made := [name for name in shift.families if name != "availability"]):
             raise StudyError(
                 f"site {site.name!r}: shift.{made[0]} changes images or labels as they are made, but the site brings "

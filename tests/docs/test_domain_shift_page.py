@@ -8,10 +8,10 @@ import pytest
 
 from medfed import shift_profile
 from medfed.section import Section
+from medfed.shift_presets import PRESETS
 from medfed.shift_profile import QuantityShift, ShiftProfile
 from medfed.study import read_study
 from simulation.shift.labels import PREVALENCE
-from simulation.shift.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/domain-shift.md").read_text()

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from medfed.cli import main
+from medfed.shift_presets import PRESETS
+from medfed.shift_profile import ShiftProfile
 from medfed.study import StudyConfig
 
 Change = Callable[[Path, Path], None]
@@ -119,6 +121,25 @@ def test_valid_study_is_described(
     assert "2 sites, 2 rounds" in capfd.readouterr().out
     main(["study", "digest", str(path)])
     assert len(capfd.readouterr().out.strip()) == 64
+
+
+def test_unknown_shift_preset_is_refused_with_the_known_ones(
+    make_study: Callable[..., StudyConfig], study_file: Callable[[StudyConfig], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = make_study()
+    for names, code in ((["weak-link"], 0), (["weak-link", "weak-lnk"], 2)):
+        shifted = study.sites[0].model_copy(update={"shift": ShiftProfile(presets=tuple(names))})
+        path = study_file(study.replace(sites=[shifted, *study.sites[1:]]))
+        if code == 0:
+            main(["study", "validate", str(path)])
+            continue
+        with pytest.raises(SystemExit) as ended:
+            main(["study", "validate", str(path)])
+        assert ended.value.code == code
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "site 'north': shift.presets: Expected a preset of low-field" in line
+    assert all(name in line for name in PRESETS)
+    assert line.endswith("got 'weak-lnk'; did you mean 'weak-link'?")
 
 
 def test_unreadable_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

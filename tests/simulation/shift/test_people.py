@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from medfed.errors import StudyError
 from medfed.quantity import spread
+from medfed.shift_presets import PRESETS, resolved
 from medfed.shift_profile import AnnotatorShift, DemographicShift, LabelShift, MissingShift, QuantityShift, ShiftProfile
 from simulation.lesions import sample_lesion
 from simulation.shift.demographics import Person, draw_person, embody
 from simulation.shift.draws import Drawn
 from simulation.shift.labels import LESION_TYPES, draw_lesion, lesion_proportions, prevalence_of
 from simulation.shift.patient import ShiftedPatient
-from simulation.shift.presets import PRESETS, resolved
 from simulation.warp import PatientWarp, SlicePlane, sample_patient_warp
 
 SITE = Drawn(3, ("north",))

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import ValidationError
+
+from medfed.errors import StudyError
 from medfed.shift_profile import ShiftProfile
+from medfed.study_sections import SiteConfig
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,30 @@ def resolved(profile: ShiftProfile) -> ShiftProfile:
     """The profile with its presets written out; names none any more.
 
     Raises:
-        ValueError: a preset that is not in the table.
+        ValueError: a preset that is not in the table; one line with all that are.
     """
     families: dict[str, object] = {}
     for name in profile.presets:
         if name not in PRESETS:
             close = difflib.get_close_matches(name, PRESETS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "choose one of them."
-            raise ValueError(f"Expected a preset of those that 'medfed cohort presets' lists, got {name!r}; {hint}")
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"Expected a preset of {', '.join(PRESETS)}, got {name!r}{hint}")
         families |= PRESETS[name].profile.families
     return ShiftProfile.model_validate({**families, **profile.families})
+
+
+def resolved_at(site: SiteConfig) -> ShiftProfile | None:
+    """The shift of a study's site, its presets written out; None if it has none.
+
+    Raises:
+        StudyError: names the site, and what of its shift does not exist or does not go together.
+    """
+    if site.shift is None:
+        return None
+    try:
+        return resolved(site.shift)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise StudyError(f"site {site.name!r}: shift: {first['msg']}") from None
+    except ValueError as error:
+        raise StudyError(f"site {site.name!r}: shift.presets: {error}") from None
