@@ -78,7 +78,7 @@ def _answer(message: Message, context: Context, action: Callable[[RoundInstructi
         fields = _fields_of(message)
         instruction = RoundInstruction.parse(fields)
         site = site_of(context.node_config)
-        site.turn_to(instruction.round)
+        site.turn_to(instruction.round, instruction.scope)
     except Exception as error:
         raise RuntimeError(type(error).__name__) from None
     try:

@@ -144,7 +144,7 @@ def _read_item(row: Row, site_id: str, task: Labelling, pixels: PixelSpec) -> It
         refuse_other_axes(row.image, row.label, row.where)
         label_HW = read_label_map(row.label, where=row.where).array
         check_label_map(label_HW, array, row.label, row.where, len(task.classes))
-        annotation = annotate(_resized_label(label_HW, pixels), len(task.classes))
+        annotation = annotate(resized_label(label_HW, pixels), len(task.classes))
         reference = row.label.read_bytes()
     return Item(
         patient_id=row.patient_id,
@@ -240,7 +240,8 @@ def _intensity_transform(pixels: PixelSpec) -> Any:
     return Compose(steps)
 
 
-def _resized_label(label_HW: np.ndarray, pixels: PixelSpec) -> np.ndarray:
+def resized_label(label_HW: np.ndarray, pixels: PixelSpec) -> np.ndarray:
+    """A label map at the size of the preprocessed image, int16; every pixel keeps a label that was there."""
     if pixels.image_size is not None and label_HW.shape != (pixels.image_size, pixels.image_size):
         from monai.transforms import Resize
 

@@ -11,12 +11,16 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from client.data import Cohort, load_cohort
 from client.features import FeatureCache, cache_key
+from client.few_patients import FewPatients, training_on
+from client.manifest import read_manifest
 from client.policy import SitePolicy
 from client.reply_store import ReplyStore
 from client.site_memory import SiteMemory
@@ -24,7 +28,7 @@ from medfed.device import DeviceChoice, choose_device, prepare_cpu
 from medfed.errors import PolicyError, SiteError, StudyError
 from medfed.models.pixels import PixelSpec
 from medfed.signing import read_key
-from medfed.study import StudyConfig
+from medfed.study import FEDERATED, StudyConfig
 from medfed.study_sections import Name
 from privacy.accounting import epsilon_spent
 from privacy.ledger import PrivacyLedger
@@ -97,6 +101,8 @@ class VirtualSites(BaseModel):
         memories: folder with a folder for each site, for what it remembers between rounds.
         noise_seed: draws and noise follow from it, which protects nobody: for patients who are made up. None
             draws from the operating system.
+        few_patients: scope -> training patients of each site that it gets; one that is not here gets all.
+        few_patients_seed: fixes which those are.
         sites: site of partition 0, 1, ...
     """
 
@@ -114,7 +120,14 @@ class VirtualSites(BaseModel):
     journals: Path
     memories: Path
     noise_seed: int | None
+    few_patients: dict[Name, Annotated[int, Field(ge=1)]] = {}
+    few_patients_seed: int = 0
     sites: tuple[VirtualSite, ...] = Field(min_length=1)
+
+    @property
+    def few(self) -> dict[str, FewPatients]:
+        """The training patients of each scope that does not get all."""
+        return {scope: FewPatients(count, self.few_patients_seed) for scope, count in self.few_patients.items()}
 
 
 class Site:
@@ -143,6 +156,7 @@ class Site:
         noise_seed: None draws from the operating system, as it must be wherever a patient is real.
         replies: what it answered, for questions that come again; None answers every question anew, as a simulation may.
         virtual: the description of a virtual site whose data changes with the round.
+        few: scope -> the training patients that it gets; all of them where nothing is said, as at a hospital.
     """
 
     def __init__(
@@ -162,6 +176,7 @@ class Site:
         noise_seed: int | None,
         replies: ReplyStore | None = None,
         virtual: VirtualSite | None = None,
+        few: Mapping[str, FewPatients] = MappingProxyType({}),
     ) -> None:
         self.name = name
         self.replies = replies
@@ -178,7 +193,9 @@ class Site:
         self._secure_clients: dict[bytes, SecureClient] = {}
         self._noise_seed = noise_seed
         self._virtual = virtual
-        self._cohorts: dict[tuple[str, str, tuple[Path, ...]], Cohort] = {}
+        self._few_of = few
+        self._few: FewPatients | None = None
+        self._cohorts: dict[tuple[str, str, tuple[Path, ...], FewPatients | None], Cohort] = {}
 
     @property
     def policy(self) -> SitePolicy:
@@ -254,21 +271,32 @@ class Site:
             return RandomStream.from_system()
         return RandomStream.for_simulation(self._noise_seed, self.name, scope, round_number)
 
-    def turn_to(self, round_number: int) -> None:
-        """Let a virtual site hold what it holds in a round; others hold the same in every round."""
+    def turn_to(self, round_number: int, scope: str = FEDERATED) -> None:
+        """Let a virtual site hold what it holds in a round of a federation; others hold the same in every one."""
         if self._virtual is not None:
             self.manifests = self._virtual.manifests_in(round_number)
+        self._few = self._few_of.get(scope)
 
     def cohort(self, study: StudyConfig, pixels: PixelSpec) -> Cohort:
-        """The site's cohort for a study, as of the round it was turned to; read and checked at the first call.
+        """The site's cohort for a study, as of what it was turned to; read and checked at the first call.
 
         Raises:
             DataError: if it breaks a rule.
         """
-        key = (study.model_digest, pixels.digest, self.manifests)
+        whole = (study.model_digest, pixels.digest, self.manifests, None)
+        if whole not in self._cohorts:
+            self._cohorts[whole] = load_cohort(self.name, self.manifests, study.task, pixels)
+        if self._few is None:
+            return self._cohorts[whole]
+        key = (*whole[:3], self._few)
         if key not in self._cohorts:
-            self._cohorts[key] = load_cohort(self.name, self.manifests, study.task, pixels)
+            self._cohorts[key] = training_on(self._cohorts[whole], self._few_of_each(self._few, study))
         return self._cohorts[key]
+
+    def _few_of_each(self, few: FewPatients, study: StudyConfig) -> frozenset[str]:
+        """The chosen patients of every manifest: the pooled site holds several sites' patients."""
+        rows = (read_manifest(manifest, study.task) for manifest in self.manifests)
+        return frozenset().union(*(few.of(row.patient_id for row in of_one if row.split == "train") for of_one in rows))
 
 
 def site_of(node_config: Mapping[str, object]) -> Site:
@@ -346,6 +374,7 @@ def _open_sites(path: str) -> tuple[Site, ...]:
             memory=virtual.memories / site.name,
             noise_seed=virtual.noise_seed,
             virtual=site if site.later else None,
+            few=virtual.few,
         )
         for site in virtual.sites
     )

@@ -44,11 +44,20 @@ from medfed.toml_file import parse_toml
 FEDERATED = "federated"
 """Scope of the federation of all sites; simulations have others, of one virtual site each."""
 
+FEW_SHOT = "few-shot"
+"""Begins the scopes of a simulation's repetitions of the federation with a few training patients of each site."""
+
 ALL_SITES = "all-sites"
 """Stands for a sum over sites where a single site's number would stand."""
 
 POOLED_SITE = "pooled"
 """Name of the virtual site that holds all data in simulations: the upper bound, illegal to build."""
+
+
+def is_of_all_sites(scope: str) -> bool:
+    """Whether a federation is that of all sites of a study, or a repetition of it with fewer patients."""
+    beginning, _, patients = scope.rpartition("-")
+    return scope == FEDERATED or (beginning == FEW_SHOT and patients.isdigit())
 
 
 def _is_none(value: object) -> bool:

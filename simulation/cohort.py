@@ -203,13 +203,13 @@ class Example:
     Attributes:
         image_HW: float32 in [0, 1].
         label_HW: class indices, or the mask of a lesion.
-        plane: where the slice lies.
+        bare: the slice before any lesion, annotator or scanner.
         columns: what the manifest says of it besides.
     """
 
     image_HW: Tensor
     label_HW: npt.NDArray[np.uint8]
-    plane: SlicePlane
+    bare: WarpedSlice
     columns: dict[str, str | int]
 
 
@@ -334,7 +334,7 @@ def examples_of(
         jitter_mm = float(generator.uniform(-1.0, 1.0)) * _SLICE_SPACING_MM / 3
         placed = SlicePlane(atlas_plane.plane, atlas_plane.position_mm + jitter_mm, atlas_plane.image_size)
         warped = shifted.slab(anatomy, warp, warp_slice(anatomy, warp, align_slice(warp, placed)))
-        image_HW, label_HW = warped.image_HW, _class_map(warped, recipe.structures)
+        image_HW, label_HW = warped.image_HW, class_map(warped, recipe.structures)
         targets: dict[str, int] = {}
         if lesion is not None:
             image_HW, lesion_HW = insert_lesion(warped, lesion)
@@ -346,7 +346,7 @@ def examples_of(
         yield Example(
             image_HW=shifted.acquire(SCANNERS[site.scanner], image_HW, generator, index=index),
             label_HW=label_HW,
-            plane=warped.plane,
+            bare=warped,
             columns={**targets, **attributes},
         )
 
@@ -364,7 +364,7 @@ def _has_lesion(recipe: CohortRecipe, site: SiteRecipe, number: int) -> bool:
     return lesions_before(number + 1) > lesions_before(number)
 
 
-def _class_map(warped: WarpedSlice, structures: tuple[str, ...]) -> npt.NDArray[np.uint8]:
+def class_map(warped: WarpedSlice, structures: tuple[str, ...]) -> npt.NDArray[np.uint8]:
     """Class index of each pixel; uint8 [H, W].
 
     Only the largest piece of each structure and side counts: crumbs that the plane merely grazes are not what
@@ -387,8 +387,8 @@ def _write_example(
     """The manifest row of an image, after its two files are written."""
     name = f"{patient_id}-{index}.nii.gz"
     pixels_HW = torch.round(example.image_HW * 255).to(torch.uint8).numpy()
-    _write_nifti(folder / "images" / name, pixels_HW, example.plane, slope=1 / 255)
-    _write_nifti(folder / "labels" / name, example.label_HW, example.plane, slope=1.0)
+    _write_nifti(folder / "images" / name, pixels_HW, example.bare.plane, slope=1 / 255)
+    _write_nifti(folder / "labels" / name, example.label_HW, example.bare.plane, slope=1.0)
     row: dict[str, str | int] = {"image": f"images/{name}", "patient_id": patient_id, "split": split}
     mask_column = "label" if kind == "brain-structures" else "lesion_mask"
     return {**row, **example.columns, mask_column: f"labels/{name}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from server.evaluation import Measured
+    from server.few_shot import FewShot
     from server.results import Column, Results
     from simulation.harness import Run
     from simulation.progress import Reporter
@@ -54,6 +57,14 @@ def simulate(
         bool,
         typer.Option("--leave-one-out", help="Also train a federation without each site, and try it on that site."),
     ] = False,
+    few_shot: Annotated[
+        str | None,
+        typer.Option(
+            "--few-shot",
+            metavar="1,2,4",
+            help="Also train every arm with so many training patients of each site, on the same held-out patients.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object and nothing else.")
     ] = False,
@@ -72,6 +83,8 @@ def simulate(
 
       medfed simulate study.toml --show-cohort
 
+      medfed simulate study.toml --few-shot 1,2,4
+
       medfed simulate --resume runs/brain-structures-20260101-120000
     """
     from rich.console import Console
@@ -82,6 +95,7 @@ def simulate(
         _show_cohort(study, out, device or "auto", as_json=as_json, quiet=quiet)
         return
 
+    shots = None if few_shot is None else _shots(few_shot)
     from simulation.harness import simulate as run_study
 
     def work(reporter: Reporter) -> Run:
@@ -94,6 +108,7 @@ def simulate(
             device=device,
             baselines=False if no_baselines else None,
             leave_one_out=True if leave_one_out else None,
+            few_shot=shots,
             reporter=reporter,
         )
 
@@ -101,7 +116,7 @@ def simulate(
     with contextlib.redirect_stdout(sys.stderr):
         run = _run(work, Console(stderr=True, quiet=quiet or as_json))
     if as_json:
-        typer.echo(run.summary.model_dump_json())
+        typer.echo(_as_json(run))
     elif quiet:
         typer.echo(str(run.folder))
     else:
@@ -120,6 +135,23 @@ def _run(work: Callable[[Reporter], Run], console: Console) -> Run:
     how = f"go on with: medfed simulate --resume {folder}" if folder else "nothing was trained yet"
     typer.echo(f"medfed: stopped; {how}", err=True)
     sys.exit(INTERRUPTED)
+
+
+def _shots(text: str) -> tuple[int, ...]:
+    from simulation.few_shot import shots_of
+
+    try:
+        return shots_of(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--few-shot") from None
+
+
+def _as_json(run: Run) -> str:
+    """The summary and, where it was asked for, the few-shot curve under ``few_shot``."""
+    if run.few_shot is None:
+        return run.summary.model_dump_json()
+    both = {**run.summary.model_dump(mode="json"), "few_shot": run.few_shot.model_dump(mode="json")}
+    return json.dumps(both, separators=(",", ":"))
 
 
 def _show_cohort(study: Path, out: Path, device: _Device, *, as_json: bool, quiet: bool) -> None:
@@ -157,6 +189,8 @@ def _show(run: Run, console: Console) -> None:
     results, task = read_results(run.folder), stored_study(run.folder).task
     part = "structure" if task.kind == "segmentation" else "target"
     console.print(_table(results, column_labels(task.kind), part))
+    if run.few_shot is not None:
+        console.print(_few_shot_table(run.few_shot, results, column_labels(task.kind)))
     if results.privacy.promise:
         console.print(results.privacy.promise, markup=False, highlight=False)
     if results.privacy.confidentiality:
@@ -166,6 +200,35 @@ def _show(run: Run, console: Console) -> None:
     console.print(results.cohort, markup=False, highlight=False)
     for what, place in (("report", run.folder / REPORT), ("adapter", run.folder / "adapter")):
         console.print(f"{what:<8} {place}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _few_shot_table(few_shot: FewShot, results: Results, labels: Mapping[Column, str]) -> Table:
+    """Training patients of each site by arms, and what joining adds; each with its interval."""
+    from rich import box
+    from rich.table import Table
+
+    from server.report_few_shot import headings_of, rows_of_curve
+    from server.results import DECIMALS
+
+    def cell(measured: Measured | None) -> str:
+        if measured is None:
+            return "-"
+        value = f"{measured.value:.{DECIMALS}f}"
+        if measured.low is None or measured.high is None:
+            return value
+        return f"{value} ({measured.low:.{DECIMALS}f} to {measured.high:.{DECIMALS}f})"
+
+    table = Table(
+        title=f"{results.study}: {results.metric_name}, mean of sites, by training patients of each; 95 % intervals",
+        title_style="",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("training patients")
+    for heading in headings_of(few_shot, labels):
+        table.add_column(heading, justify="right")
+    for row in rows_of_curve(few_shot, labels):
+        table.add_row(row.label, *(cell(measured) for measured in row.cells))
+    return table
 
 
 def _table(results: Results, labels: Mapping[Column, str], part: str) -> Table:

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from client.case_scores import CaseScores, case_scores
-from client.data import Item
+from client.case_scores import CaseScores
 from client.site import Site
 from medfed.canonical import derive_seed
-from medfed.metrics.calibration import ReliabilityBins, fitted_temperature, reliability_bins
+from medfed.metrics.calibration import ReliabilityBins, reliability_bins
 from medfed.metrics.class_scores import ClassScores
 from medfed.metrics.embedding import effective_rank
 from medfed.metrics.outline_scores import OutlineScores
-from medfed.metrics.resampling import NUM_RESAMPLES, Values, Weights, estimate, patient_weights
+from medfed.metrics.resampling import NUM_RESAMPLES, Values, Weights, patient_weights
 from medfed.models.adapted import AdaptedModel
 from medfed.models.folding import ModelState
 from medfed.study import StudyConfig
@@ -41,35 +38,37 @@ from server.evaluation import (
     EvaluatedColumn,
     Evaluation,
     Flips,
+    Forgetting,
     Measured,
+    NotMeasured,
     OverSites,
     Reliability,
     SiteEvaluation,
 )
+from server.few_shot import FewShot
+from simulation.few_shot import few_shot_curve
+from simulation.forgetting import BeforeAndAfter, flips_of, forgetting_of
 from simulation.group_fairness import group_fairness
+from simulation.measured import measured
 from simulation.saliency import saliency_of
+from simulation.site_scores import Scoring, SiteScores, StateOf, score_sites
+from simulation.untrained import UntrainedOutlines
 
 LOWER_IS_BETTER = ("hd95", "surface-distance", "missed", "ece", "ece-scaled")
 """Metrics of which the largest is the worst; of all others the smallest is."""
 
-CLEARLY = 0.05
-"""Difference in Dice from which a case counts as lost or gained: about what two experts differ by."""
-
-StateOf = Callable[[EvaluatedColumn, Site], ModelState | None]
-"""The model of a column at a site; None if that arm was not run."""
-
 
 @dataclass(frozen=True)
-class SiteScores:
-    """The cases of one site in every column.
+class Measurements:
+    """What was measured after training.
 
     Attributes:
-        scores: column -> cases, the same cases in the same order.
-        temperatures: target -> temperature of the federated arm, from the site's training patients.
+        evaluation: intervals, calibration and what else.
+        few_shot: the curve over training patients; None where it was not asked for.
     """
 
-    scores: Mapping[EvaluatedColumn, CaseScores]
-    temperatures: Mapping[str, float]
+    evaluation: Evaluation
+    few_shot: FewShot | None
 
 
 def evaluate_run(
@@ -79,9 +78,11 @@ def evaluate_run(
     model: AdaptedModel,
     state_of: StateOf,
     *,
+    untrained: UntrainedOutlines | NotMeasured,
+    shots: tuple[int, ...] = (),
     num_workers: int = 0,
-) -> Evaluation | None:
-    """Evaluate every arm at every site of the study, and write ``evaluation.json``.
+) -> Measurements | None:
+    """Evaluate every arm at every site of the study, and write ``evaluation.json``, and ``few_shot.json`` if asked to.
 
     Args:
         folder: the run folder.
@@ -89,6 +90,8 @@ def evaluate_run(
         sites: as opened; only those of the study are looked at.
         model: its adapter is put back afterwards.
         state_of: the model of each arm after its last round.
+        untrained: outlines of structures that the study does not train, or why there are none.
+        shots: numbers of training patients of each site with which the arms ran once more.
         num_workers: processes that predict, forked from this one; 0 for this process. The result is the same.
 
     Returns:
@@ -100,8 +103,13 @@ def evaluate_run(
     before_P = model.read()
     try:
         own = [site for site in sites if site.name in study.site_names]
-        scored = _scored(_Work(study, own, model, state_of), num_workers)
-        evaluated = {site.name: _evaluated(study, site, model, scored[site.name]) for site in own}
+        outlines = untrained if isinstance(untrained, UntrainedOutlines) else None
+        scored = score_sites(Scoring(study, own, model, state_of, shots, outlines), num_workers)
+        weights = {
+            name: patient_weights(of.scores["federated"].num_patients, derive_seed(study.seed, name, "bootstrap"))
+            for name, of in scored.items()
+        }
+        evaluated = {site.name: _evaluated(study, site, model, scored[site.name], weights[site.name]) for site in own}
         evaluation = Evaluation(
             resamples=NUM_RESAMPLES,
             sites=evaluated,
@@ -109,84 +117,50 @@ def evaluate_run(
             groups=group_fairness([found.scores["federated"] for found in scored.values()]),
             embedding=_embedding(list(scored.values())),
             saliency=saliency_of(study, own, model, state_of),
+            forgetting=_forgetting(scored, weights, untrained),
             seconds=round(time.monotonic() - started_s, 1),
         )
     finally:
         model.put(ModelState(before_P))
     write_durably(folder / EVALUATION, evaluation.model_dump_json(indent=2).encode())
-    return evaluation
+    few_shot = None
+    if shots:
+        patients_at = {
+            site.name: len({item.patient_id for item in site.cohort(study, model.pixels).train}) for site in own
+        }
+        few_shot = few_shot_curve(folder, scored, weights, task_of(study.task).primary, patients_at)
+    return Measurements(evaluation, few_shot)
 
 
-@dataclass(frozen=True)
-class _Work:
-    study: StudyConfig
-    sites: Sequence[Site]
-    model: AdaptedModel
-    state_of: StateOf
+def _forgetting(
+    scored: Mapping[str, SiteScores], weights: Mapping[str, Weights], untrained: UntrainedOutlines | NotMeasured
+) -> Forgetting | NotMeasured:
+    if isinstance(untrained, NotMeasured):
+        return untrained
+    sites = [
+        BeforeAndAfter(of.untrained["zero_shot"], of.untrained["federated"], weights[name])
+        for name, of in scored.items()
+    ]
+    return forgetting_of(sites, untrained.other_sides)
 
 
-def _scored(work: _Work, num_workers: int) -> dict[str, SiteScores]:
-    """Scores of every site. Forked processes share the loaded model and cohorts, and send back arrays alone."""
-    names = [site.name for site in work.sites]
-    if num_workers == 0:
-        return dict(zip(names, (_scores_of(work, index) for index in range(len(names))), strict=True))
-    with ProcessPoolExecutor(
-        min(num_workers, len(names)), get_context("fork"), initializer=_inherit, initargs=(work,)
-    ) as pool:
-        return dict(zip(names, pool.map(_inherited_scores, range(len(names))), strict=True))
-
-
-_inherited: list[_Work] = []
-"""In a forked process, what it was forked to work on: models do not travel to it."""
-
-
-def _inherit(work: _Work) -> None:
-    _inherited.append(work)
-
-
-def _inherited_scores(index: int) -> SiteScores:
-    return _scores_of(_inherited[0], index)
-
-
-def _scores_of(work: _Work, index: int) -> SiteScores:
-    study, site, model, state_of = work.study, work.sites[index], work.model, work.state_of
-    cohort = site.cohort(study, model.pixels)
-
-    def scores(items: Sequence[Item], state: ModelState) -> CaseScores:
-        return case_scores(
-            model, study.task, items, state=state, features=site.features, batch_size=study.training.batch_size
-        )
-
-    columns: tuple[EvaluatedColumn, ...] = ("zero_shot", "local_only", "federated", "pooled", "left_out")
-    states = {column: state for column in columns if (state := state_of(column, site)) is not None}
-    found = {column: scores(cohort.test, state) for column, state in states.items()}
-    temperatures: dict[str, float] = {}
-    if study.task.kind == "classification":
-        trained_on = scores(cohort.train, states["federated"])
-        assert isinstance(trained_on, ClassScores)
-        for target in trained_on.num_classes:
-            fitted = fitted_temperature(trained_on.logits[target], trained_on.truth[target])
-            assert fitted is not None  # a cohort has training patients
-            temperatures[target] = fitted
-    return SiteScores(found, temperatures)
-
-
-def _evaluated(study: StudyConfig, site: Site, model: AdaptedModel, found: SiteScores) -> SiteEvaluation:
+def _evaluated(
+    study: StudyConfig, site: Site, model: AdaptedModel, found: SiteScores, weight_RU: Weights
+) -> SiteEvaluation:
     federated = found.scores["federated"]
-    weight_RU = patient_weights(federated.num_patients, derive_seed(study.seed, site.name, "bootstrap"))
     values = {column: _metrics(scores, weight_RU, found, column) for column, scores in found.scores.items()}
     metrics: dict[str, dict[EvaluatedColumn, Measured]] = {}
     for column, of_column in values.items():
         for name, value_R in of_column.items():
-            if (measured := _measured(value_R)) is not None:
-                metrics.setdefault(name, {})[column] = measured
+            if (found_value := measured(value_R)) is not None:
+                metrics.setdefault(name, {})[column] = found_value
     primary = task_of(study.task).primary
     differences = {}
     for comparison, (after, before) in COMPARISONS.items():
         if primary in values.get(after, {}) and primary in values.get(before, {}):
-            measured = _measured(values[after][primary] - values[before][primary])
-            if measured is not None:
-                differences[comparison] = measured
+            difference = measured(values[after][primary] - values[before][primary])
+            if difference is not None:
+                differences[comparison] = difference
     return SiteEvaluation(
         patients=federated.num_patients,
         images=len(site.cohort(study, model.pixels).test),
@@ -202,11 +176,6 @@ def _metrics(scores: CaseScores, weight_RU: Weights, found: SiteScores, column: 
     if isinstance(scores, OutlineScores):
         return scores.metrics(weight_RU)
     return scores.metrics(weight_RU, found.temperatures if column == "federated" else None)
-
-
-def _measured(value_R: Values) -> Measured | None:
-    found = estimate(value_R)
-    return None if found is None else Measured(value=found.value, low=found.low, high=found.high)
 
 
 def _calibration(scores: CaseScores, temperatures: Mapping[str, float]) -> dict[str, Calibration]:
@@ -234,8 +203,7 @@ def _flips(before: CaseScores, after: CaseScores) -> Flips | None:
     """None for a classifier, whose head is fresh: before training it has no skill to forget."""
     if isinstance(before, ClassScores) or isinstance(after, ClassScores):
         return None
-    change_N = after.dice_N - before.dice_N
-    return Flips(cases=len(change_N), lost=int((change_N < -CLEARLY).sum()), gained=int((change_N > CLEARLY).sum()))
+    return flips_of(before, after)
 
 
 def _over_sites(sites: Mapping[str, SiteEvaluation]) -> dict[str, dict[EvaluatedColumn, OverSites]]:

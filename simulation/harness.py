@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from client.data import refuse_shared_patients
+from client.manifest import read_manifest
 from client.policy import Budget, SitePolicy
 from client.round_start import own_state
 from client.site import SITES_VARIABLE, LaterData, Site, VirtualSite, VirtualSites, forget_sites, site_of_partition
@@ -33,12 +34,14 @@ from privacy.accounting import epsilon_spent
 from privacy.plan import PrivacyPlan, calibrated
 from server.checkpoint import read_checkpoint, write_durably
 from server.evaluation import EvaluatedColumn
+from server.few_shot import FewShot
 from server.new_run import new_run_folder
 from server.report import write_report
 from server.results import Results
-from simulation.arms import Arm, arms_of, without
+from simulation.arms import Arm, arms_of, few_shot_scope, without
 from simulation.cohort import STATEMENT, CohortRecipe, SiteRecipe, drifted, write_cohort
-from simulation.evaluation import StateOf, evaluate_run
+from simulation.evaluation import evaluate_run
+from simulation.few_shot import refuse_shots, refuse_too_many
 from simulation.identities import store_identities, with_identities
 from simulation.inspection import SiteState, inspect_sites
 from simulation.overlays import draw_overlays
@@ -57,7 +60,9 @@ from simulation.run_folder import (
 )
 from simulation.shift.availability import attendance
 from simulation.shift.study_shift import prevalence, shifts_of
+from simulation.site_scores import StateOf
 from simulation.summary import compare
+from simulation.untrained import untrained_outlines
 from strategies.registry import check_name, strategy_of
 from strategies.shared_model import shared_state
 
@@ -71,10 +76,12 @@ class Run:
     Attributes:
         folder: the run folder.
         summary: its result.
+        few_shot: scores by the number of training patients of each site; None where that was not asked for.
     """
 
     folder: Path
     summary: Results
+    few_shot: FewShot | None = None
 
 
 def simulate(
@@ -87,6 +94,7 @@ def simulate(
     device: DeviceChoice | None = None,
     baselines: bool | None = None,
     leave_one_out: bool | None = None,
+    few_shot: Sequence[int] | None = None,
     reporter: Reporter | None = None,
 ) -> Run:
     """Run a federated study on virtual hospitals in this machine.
@@ -101,6 +109,7 @@ def simulate(
         device: ``auto`` (the default), ``cpu``, ``cuda`` or ``mps``.
         baselines: whether the local-only and pooled arms run as well; by default they do.
         leave_one_out: whether a federation without each site runs too, and is tried on that site; by default not.
+        few_shot: numbers of training patients of each site with which the arms run once more; by default none.
         reporter: is told of progress.
 
     A resumed run has the engine, device and arms that it was started with, and refuses others, or other data.
@@ -112,7 +121,13 @@ def simulate(
         raise StudyError("Expected a study file or a run folder to resume, not both; give one of them.")
     started_s = time.monotonic()
     reporter = reporter or Silent()
-    asked = {"engine": engine, "device": device, "baselines": baselines, "leave_one_out": leave_one_out}
+    asked = {
+        "engine": engine,
+        "device": device,
+        "baselines": baselines,
+        "leave_one_out": leave_one_out,
+        "few_shot": None if few_shot is None else tuple(sorted(set(few_shot))),
+    }
     options = _options(asked, None if resume is None else stored_options(Path(resume)))
     chosen = choose_device(options.device)
     _quieten_libraries()
@@ -125,6 +140,7 @@ def simulate(
         config = read_study(Path(str(study)))
         check_name(config.strategy)
         resolved, identities = with_identities(calibrated(resolve_study(config, chosen)))
+    refuse_shots(resolved, options.few_shot)
     model = adapted_model(resolved, chosen)
     strategy_of(resolved)  # what does not go together is refused before anything is made
 
@@ -133,12 +149,14 @@ def simulate(
     if missing and options.engine == "ray":
         raise StudyError("Expected engine in-process for a study with shift.availability, got ray; change the engine.")
     manifests, provenance = cohort_manifests(resolved, reporter)
+    if options.few_shot:
+        refuse_too_many(options.few_shot, _training_patients(resolved, manifests))
     if resume is None:
         folder = new_run_folder(Path(out), resolved.name)
         store_study(folder, resolved)
         store_identities(folder / "identities", identities)
     reporter.folder(folder)
-    sites = _open_sites(folder, resolved, manifests, shifts, options.device)
+    sites = _open_sites(folder, resolved, manifests, shifts, options)
     reporter.stage("reading cohorts")
     stages = sorted({0, *(shift.drift.from_round for shift in shifts.values() if shift.drift)}, reverse=True)
     digests: dict[str, str] = {}
@@ -156,7 +174,7 @@ def simulate(
         )
     store_options(folder, options.model_copy(update={"cohorts": digests}))
 
-    arms = arms_of(resolved, baselines=options.baselines, leave_one_out=options.leave_one_out)
+    arms = arms_of(resolved, baselines=options.baselines, leave_one_out=options.leave_one_out, shots=options.few_shot)
     num_workers = worker_count(workers, chosen.type, len(sites))
     run_arms(
         arms,
@@ -172,8 +190,7 @@ def simulate(
     reporter.stage("writing report")
     for site in sites:
         site.turn_to(resolved.rounds.num_rounds)
-    summary = _write_results(folder, resolved, arms, sites, model, provenance, started_s, num_workers)
-    return Run(folder, summary)
+    return _write_results(folder, resolved, arms, sites, model, provenance, started_s, num_workers, options.few_shot)
 
 
 def _options(asked: Mapping[str, Any], stored: RunOptions | None) -> RunOptions:
@@ -206,6 +223,14 @@ def cohort_manifests(study: StudyConfig, reporter: Reporter) -> tuple[dict[str, 
         recipe, cache_folder() / "cohorts" / recipe.digest[:32], progress=lambda _done: reporter.step()
     )
     return manifests, STATEMENT
+
+
+def _training_patients(study: StudyConfig, manifests: Mapping[str, Path]) -> dict[str, int]:
+    """Site -> patients that it trains on."""
+    return {
+        site: len({row.patient_id for row in read_manifest(manifest, study.task) if row.split == "train"})
+        for site, manifest in manifests.items()
+    }
 
 
 def recipe_of(study: StudyConfig) -> CohortRecipe:
@@ -261,17 +286,18 @@ def _open_sites(
     study: StudyConfig,
     manifests: Mapping[str, Path],
     shifts: Mapping[str, ShiftProfile],
-    device: str,
+    options: RunOptions,
 ) -> list[Site]:
     """Describe the virtual sites in the run folder, and open them in this process."""
     virtual = _virtual(study, manifests, shifts)
+    arms = arms_of(study, baselines=True, leave_one_out=True, shots=options.few_shot)
     described = VirtualSites.model_validate(
         {
-            "device": device,
+            "device": options.device,
             "feature_cache": cache_folder() / "features",
             "feature_key": config_folder() / "feature-cache.key",
             "policy": _policy(study),
-            "cohorts": {arm.scope: arm.scope for arm in arms_of(study, baselines=True, leave_one_out=True)},
+            "cohorts": {arm.scope: arm.scope for arm in arms},
             "ledgers": folder / "ledgers",
             "ledger_key": _ledger_key(folder / "ledgers" / "ledger.key"),
             "identities": folder / "identities",
@@ -279,6 +305,8 @@ def _open_sites(
             "memories": folder / "memories",
             # Draws may be repeated where the patients are made up, and nowhere else.
             "noise_seed": None if study.cohort is None else study.seed,
+            "few_patients": {arm.scope: arm.patients for arm in arms if arm.patients is not None},
+            "few_patients_seed": study.seed,
             "sites": tuple(virtual),
         }
     )
@@ -317,7 +345,8 @@ def _write_results(
     provenance: str,
     started_s: float,
     num_workers: int,
-) -> Results:
+    shots: tuple[int, ...],
+) -> Run:
     final = read_checkpoint(folder, study.resolved_manifest, study_digest=study.digest, scope="federated")
     assert final is not None
     strategy = strategy_of(study)
@@ -334,7 +363,17 @@ def _write_results(
     if study.shows_held_out:  # pictures show held-out patients
         draw_overlays(folder / "figures", study, sites, model, state_of)
     states = _states_of_arms(folder, study, arms, model, state_of)
-    evaluate_run(folder, study, sites, model, states, num_workers=num_workers)
+    recipe = None if study.cohort is None else recipe_of(study)
+    measurements = evaluate_run(
+        folder,
+        study,
+        sites,
+        model,
+        states,
+        untrained=untrained_outlines(study, recipe, cache_folder() / "untrained"),
+        shots=shots,
+        num_workers=num_workers,
+    )
     task = task_of(study.task)
     metrics = {arm.scope: metrics_of(arm.folder(folder)) for arm in arms}
     if study.sums_securely:
@@ -354,7 +393,7 @@ def _write_results(
     )
     write_durably(folder / "summary.json", summary.model_dump_json(indent=2).encode())
     write_report(folder)
-    return summary
+    return Run(folder, summary, None if measurements is None else measurements.few_shot)
 
 
 def _states_of_arms(
@@ -364,12 +403,19 @@ def _states_of_arms(
     by_scope = {arm.scope: arm for arm in arms}
     shared: dict[str, ModelState] = {}
 
-    def state_of(column: EvaluatedColumn, site: Site) -> ModelState | None:
+    def state_of(column: EvaluatedColumn, site: Site, patients: int | None = None) -> ModelState | None:
         if column == "zero_shot":
             return ModelState(model.initial_P)
-        if column == "federated":
+        if column == "federated" and patients is None:
             return federated(site)
-        scope = {"local_only": f"local-{site.name}", "pooled": "pooled", "left_out": without(site.name)}[column]
+        scope = {
+            "federated": FEDERATED,
+            "local_only": f"local-{site.name}",
+            "pooled": "pooled",
+            "left_out": without(site.name),
+        }[column]
+        if patients is not None:
+            scope = few_shot_scope(scope, patients)
         if scope not in by_scope:
             return None
         strategy = strategy_of(study, scope)

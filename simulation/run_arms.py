@@ -13,8 +13,9 @@ import torch
 
 from client.app import app as client_app
 from client.data import Cohort
+from client.few_patients import FewPatients, training_on
 from medfed.messages import RECORD_KEY, RoundReply
-from medfed.study import FEDERATED, StudyConfig
+from medfed.study import POOLED_SITE, StudyConfig, is_of_all_sites
 from server.app import app as server_app
 from server.checkpoint import read_checkpoint
 from simulation.arms import Arm
@@ -64,7 +65,7 @@ def run_arms(
         num_workers: 0 for this process.
         engine: where the federated arm runs.
         reporter: is told of every image a site reports.
-        missing: who is missing from which round of the federated arm; not on Ray.
+        missing: who is missing from which round of the federated arm, and of its repetitions; not on Ray.
 
     Raises:
         RoundError: of the first arm that fails; the others are stopped after their running messages, and
@@ -110,7 +111,7 @@ def _run_in_process(
         )
 
     def _seen_by(arm: Arm) -> Grid:
-        if not missing or arm.scope != FEDERATED:
+        if not missing or not is_of_all_sites(arm.scope):
             return grid
         return UnreliableGrid(grid, site_of=dict(enumerate(site_names, start=FIRST_NODE_ID)), missing=missing)
 
@@ -147,13 +148,25 @@ def _images_to_go(
         evaluations += 1 if state is None and arm.evaluate_initial else 0
         if study.withholds_evaluation:
             evaluations = 0
-        weights = {name: study.declared_units(name) or len(cohort.train) for name, cohort in cohorts.items()}
+        weights = {
+            name: study.declared_units(name) or len(_trained_on(arm, cohort, study).train)
+            for name, cohort in cohorts.items()
+        }
+        if arm.patients is not None and POOLED_SITE in weights:
+            weights[POOLED_SITE] = sum(weights[name] for name in study.site_names)
         total += sum(weights.values())  # every node describes itself
         total += len(rounds) * sum(weights[name] for name in arm.train_sites)
-        if arm.scope == FEDERATED:
+        if is_of_all_sites(arm.scope):
             total -= sum(weights[site] for (r, site), why in missing.items() if r in rounds and why == "away")
         total += evaluations * sum(len(cohorts[name].test) for name in arm.evaluate_sites)
     return total
+
+
+def _trained_on(arm: Arm, cohort: Cohort, study: StudyConfig) -> Cohort:
+    if arm.patients is None:
+        return cohort
+    few = FewPatients(arm.patients, study.seed)
+    return training_on(cohort, few.of(item.patient_id for item in cohort.train))
 
 
 def _warm_up_optimizers() -> None:

@@ -14,6 +14,7 @@
         adapters/<site>/           each site's own, under strategies that let sites differ: what scores are of
         memories/                  what such sites remember between rounds
         evaluation.json            intervals, calibration, surface distances and what else was measured
+        few_shot.json              scores by the number of training patients of each site, where that was asked for
         summary.json  report.html  figures/
         audit.json                 what `medfed audit` found, with figures/audit-*.svg
 """
@@ -59,6 +60,7 @@ class RunOptions(BaseModel):
         engine: where the federated arm runs.
         baselines: whether the other arms run.
         leave_one_out: whether a federation without each site runs as well.
+        few_shot: numbers of training patients of each site with which the arms run once more.
         cohorts: digest of every site's data.
     """
 
@@ -68,6 +70,7 @@ class RunOptions(BaseModel):
     engine: Literal["in-process", "ray"]
     baselines: bool
     leave_one_out: bool = False
+    few_shot: tuple[int, ...] = ()
     cohorts: dict[str, str] = {}
 
 

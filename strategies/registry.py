@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from medfed.errors import IndividualsError, StudyError
-from medfed.study import FEDERATED, StudyConfig
+from medfed.study import FEDERATED, StudyConfig, is_of_all_sites
 from medfed.study_sections import StrategyConfig
 from strategies.combination import combined
 from strategies.federation import Strategy
@@ -90,11 +90,11 @@ def strategy_of(study: StudyConfig, scope: str = FEDERATED) -> Strategy:
         StudyError: for a name that is not registered, or parts that do not go together.
         IndividualsError: if it needs to see single sites and the study has secure aggregation.
     """
-    key = (study.digest, scope == FEDERATED)
+    key = (study.digest, is_of_all_sites(scope))
     if key not in _made:
         if len(_made) >= _KEPT:
             _made.clear()
-        return _made.setdefault(key, _made_for(study, sites_differ=scope == FEDERATED))
+        return _made.setdefault(key, _made_for(study, sites_differ=is_of_all_sites(scope)))
     return _made[key]
 
 

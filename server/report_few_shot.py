@@ -1,0 +1,135 @@
+"""The few-shot curve of a run as people see it: a sentence, a drawing and a table of ``few_shot.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from server.evaluation import Measured
+from server.few_shot import FewShot, FewShotPoint
+from server.report_figures import draw_few_shot
+from server.results import DECIMALS, Column
+
+JOINING = "joining adds"
+"""Heading of federated less local-only."""
+
+
+@dataclass(frozen=True)
+class FewShotRow:
+    """One row of the table.
+
+    Attributes:
+        label: training patients of each site.
+        cells: of every arm and, where there are baselines, of what joining adds; None where there is no value.
+    """
+
+    label: str
+    cells: tuple[Measured | None, ...]
+
+
+@dataclass(frozen=True)
+class FewShotView:
+    """What the report shows.
+
+    Attributes:
+        sentence: the finding in words.
+        svg: the drawing.
+        headings: of the cells.
+        rows: from no patient to all.
+        resamples: behind every interval.
+    """
+
+    sentence: str
+    svg: str
+    headings: tuple[str, ...]
+    rows: tuple[FewShotRow, ...]
+    resamples: int
+
+
+def few_shot_view(few_shot: FewShot, labels: Mapping[Column, str], metric_name: str) -> FewShotView:
+    """Everything that the report shows of a curve.
+
+    Args:
+        few_shot: of the run.
+        labels: of the results table's columns.
+        metric_name: the primary metric in words.
+    """
+    return FewShotView(
+        sentence=_sentence(few_shot, metric_name),
+        svg=draw_few_shot(few_shot, labels, metric_name),
+        headings=headings_of(few_shot, labels),
+        rows=rows_of_curve(few_shot, labels),
+        resamples=few_shot.resamples,
+    )
+
+
+def headings_of(few_shot: FewShot, labels: Mapping[Column, str]) -> tuple[str, ...]:
+    """Headings of the cells of a row."""
+    arms = tuple(labels[column] for column in few_shot.columns)
+    return (*arms, JOINING) if few_shot.points[-1].joining is not None else arms
+
+
+def rows_of_curve(few_shot: FewShot, labels: Mapping[Column, str]) -> tuple[FewShotRow, ...]:
+    """The table: before training all arms are the same model."""
+    has_joining = few_shot.points[-1].joining is not None
+
+    def row(point: FewShotPoint) -> FewShotRow:
+        if point.patients == 0:
+            cells: tuple[Measured | None, ...] = (few_shot.before,) * len(few_shot.columns)
+            return FewShotRow(f"0 ({labels['zero_shot']})", (*cells, None) if has_joining else cells)
+        cells = tuple(point.mean.get(column) for column in few_shot.columns)
+        return FewShotRow(few_shot.label(point), (*cells, point.joining) if has_joining else cells)
+
+    return tuple(row(point) for point in few_shot.points)
+
+
+def _sentence(few_shot: FewShot, metric_name: str) -> str:
+    """What the first and the last number of patients give, and how many a site alone needs for the same."""
+    first, last = few_shot.trained[0], few_shot.trained[-1]
+    together = first.mean.get("federated"), last.mean.get("federated")
+    if together[0] is None or together[1] is None:
+        return ""
+    start = f"With {_patients(first.patients)} at each site the federation reaches {metric_name} {_shown(together[0])}"
+    alone = first.mean.get("local_only")
+    if alone is None:
+        return f"{start}; with all of them, {_shown(together[1])}."
+    parts = [f"{start} and a site alone {_shown(alone)}, {_told(first.joining)}"]
+    alone_at_last = last.mean.get("local_only")
+    if alone_at_last is not None:
+        parts.append(f"with all of them, {_shown(together[1])} and {_shown(alone_at_last)}, {_told(last.joining)}")
+    return "; ".join(parts) + f". {_catching_up(few_shot, together[0])}"
+
+
+def _catching_up(few_shot: FewShot, goal: Measured) -> str:
+    """How many patients of its own a site needs for what the federation has from the fewest; of means alone."""
+    fewest = _patients(few_shot.trained[0].patients)
+    enough = (point for point in few_shot.trained if _reaches(point.mean.get("local_only"), goal))
+    point = next(enough, None)
+    if point is None:
+        return (
+            f"In the mean, no site alone reaches with all of its own what the federation reaches with {fewest} of each."
+        )
+    if point == few_shot.trained[0]:
+        return f"Already with {fewest} a site alone is as good in the mean."
+    own = "all of its patients" if few_shot.is_all(point) else _patients(point.patients)
+    return f"In the mean, a site alone needs {own} for what the federation reaches with {fewest} of each."
+
+
+def _reaches(alone: Measured | None, goal: Measured) -> bool:
+    """At the resolution that is shown."""
+    return alone is not None and round(alone.value, DECIMALS) >= round(goal.value, DECIMALS)
+
+
+def _told(joining: Measured | None) -> str:
+    """Whether a difference is told from chance."""
+    if joining is None or not joining.is_told_from_zero:
+        return "a difference that is not told from chance"
+    return "more than resampling the patients explains"
+
+
+def _patients(count: int) -> str:
+    return f"{count} training patient{'s' if count != 1 else ''}"
+
+
+def _shown(measured: Measured) -> str:
+    return f"{measured.value:.{DECIMALS}f}"
