@@ -78,7 +78,7 @@ class FewShot(_Part):
         if not self.is_all(point):
             return str(point.patients)
         fewest, most = min(point.patients_at.values()), max(point.patients_at.values())
-        return f"all ({most})" if fewest == most else f"all ({fewest}\u2013{most})"
+        return f"all ({most})" if fewest == most else f"all ({fewest} to {most})"
 
 
 def read_few_shot(folder: Path) -> FewShot | None:

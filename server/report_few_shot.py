@@ -90,14 +90,13 @@ def _sentence(few_shot: FewShot, metric_name: str) -> str:
     if together[0] is None or together[1] is None:
         return ""
     start = f"With {_patients(first.patients)} at each site the federation reaches {metric_name} {_shown(together[0])}"
-    alone = first.mean.get("local_only")
-    if alone is None:
+    alone = first.mean.get("local_only"), last.mean.get("local_only")
+    if alone[0] is None or alone[1] is None:
         return f"{start}; with all of them, {_shown(together[1])}."
-    parts = [f"{start} and a site alone {_shown(alone)}, {_told(first.joining)}"]
-    alone_at_last = last.mean.get("local_only")
-    if alone_at_last is not None:
-        parts.append(f"with all of them, {_shown(together[1])} and {_shown(alone_at_last)}, {_told(last.joining)}")
-    return "; ".join(parts) + f". {_catching_up(few_shot, together[0])}"
+    return (
+        f"{start} and a site alone {_shown(alone[0])}: {_added(first.joining)}. With all of them it is "
+        f"{_shown(together[1])} and {_shown(alone[1])}: {_added(last.joining)}. {_catching_up(few_shot, together[0])}"
+    )
 
 
 def _catching_up(few_shot: FewShot, goal: Measured) -> str:
@@ -105,14 +104,13 @@ def _catching_up(few_shot: FewShot, goal: Measured) -> str:
     fewest = _patients(few_shot.trained[0].patients)
     enough = (point for point in few_shot.trained if _reaches(point.mean.get("local_only"), goal))
     point = next(enough, None)
+    goal_in_words = f"what the federation reaches with {fewest} of each"
     if point is None:
-        return (
-            f"In the mean, no site alone reaches with all of its own what the federation reaches with {fewest} of each."
-        )
+        return f"In the mean of sites, training alone does not reach with all patients {goal_in_words}."
     if point == few_shot.trained[0]:
-        return f"Already with {fewest} a site alone is as good in the mean."
-    own = "all of its patients" if few_shot.is_all(point) else _patients(point.patients)
-    return f"In the mean, a site alone needs {own} for what the federation reaches with {fewest} of each."
+        return f"In the mean of sites, training alone is as good with {fewest}."
+    own = "all patients" if few_shot.is_all(point) else _patients(point.patients)
+    return f"In the mean of sites, training alone needs {own} for {goal_in_words}."
 
 
 def _reaches(alone: Measured | None, goal: Measured) -> bool:
@@ -120,11 +118,15 @@ def _reaches(alone: Measured | None, goal: Measured) -> bool:
     return alone is not None and round(alone.value, DECIMALS) >= round(goal.value, DECIMALS)
 
 
-def _told(joining: Measured | None) -> str:
-    """Whether a difference is told from chance."""
-    if joining is None or not joining.is_told_from_zero:
-        return "a difference that is not told from chance"
-    return "more than resampling the patients explains"
+def _added(joining: Measured | None) -> str:
+    """What joining adds, and whether it is told from chance."""
+    if joining is None:
+        return "there is no difference to take"
+    interval = ""
+    if joining.low is not None and joining.high is not None:
+        interval = f" ({joining.low:.{DECIMALS}f} to {joining.high:.{DECIMALS}f})"
+    doubt = "" if joining.is_told_from_zero else ", which is not told from chance"
+    return f"joining adds {_shown(joining)}{interval}{doubt}"
 
 
 def _patients(count: int) -> str:

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 import simulation.harness
 from medfed.adapter_manifest import AdapterManifest, TensorSpec
 from medfed.study import StudyConfig
+from server.evaluation import Measured
+from server.few_shot import FewShot, FewShotPoint
 from server.privacy_statement import NO_PRIVACY
 from server.results import PrivacyStatement, Results
 from simulation.command import app
@@ -156,6 +158,40 @@ def test_classification_does_not_claim_zero_shot(called: dict, tmp_path: Path) -
 def test_one_site_has_no_rows_over_sites(called: dict, tmp_path: Path) -> None:
     called["run"] = make_run(tmp_path / "one", sites=("north",))
     assert "worst site" not in CliRunner().invoke(app, ["s.toml"]).stdout
+
+
+def test_few_shot_curve_is_printed_below_the_table_and_added_to_json(called: dict) -> None:
+    plain = called["run"]
+
+    def point(patients: int, **values: float) -> FewShotPoint:
+        mean = {column: Measured(value=value, low=value - 0.01, high=value + 0.01) for column, value in values.items()}
+        joining = mean.get("federated") and Measured(value=0.111, low=0.1, high=0.125)
+        return FewShotPoint(
+            patients=patients, patients_at={"north": patients}, mean=mean, sites={}, joining=joining, joining_at={}
+        )
+
+    points = (
+        point(0, zero_shot=0.5),
+        point(1, local_only=0.6, federated=0.65),
+        point(2, local_only=0.7, federated=0.8),
+    )
+    curve = FewShot(resamples=2000, metric="dice", points=points)
+    called["run"] = Run(plain.folder, plain.summary, curve)
+    out = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["s.toml", "--few-shot", "1"]).stdout
+    assert called["few_shot"] == (1,)
+    shown = " ".join(out.split())
+    assert "1 0.600 (0.590 to 0.610) 0.650 (0.640 to 0.660) 0.111 (0.100 to 0.125)" in shown
+    assert "all (2) 0.700" in shown
+    assert shown.index("worst site") < shown.index("joining adds") < shown.index(NO_PRIVACY)
+    held = json.loads(CliRunner().invoke(app, ["s.toml", "--few-shot", "1", "--json"]).stdout)
+    assert held.pop("few_shot") == curve.model_dump(mode="json")
+    assert held == json.loads(plain.summary.model_dump_json())
+
+
+def test_few_shot_numbers_are_checked_before_anything_runs(called: dict) -> None:
+    result = CliRunner().invoke(app, ["s.toml", "--few-shot", "1,x"])
+    assert result.exit_code == 2
+    assert "study" not in called
 
 
 def test_interrupt_says_how_to_go_on(called: dict) -> None:
