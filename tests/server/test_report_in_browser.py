@@ -13,6 +13,16 @@ from typing import Any
 import pytest
 
 from medfed.study import StudyConfig
+from server.evaluation import (
+    EVALUATION,
+    Flips,
+    Forgetting,
+    Measured,
+    Skill,
+    UntrainedStructure,
+    read_evaluation,
+)
+from server.report import write_report
 from simulation.harness import simulate
 
 CHROMIUM = next(
@@ -101,13 +111,36 @@ Array.from(document.querySelectorAll('svg text')).filter(t => {
 """
 
 
+def _claim_forgetting(folder: Path) -> None:
+    """Let the run have tried structures that it did not train, which its own data does not outline."""
+    evaluation = read_evaluation(folder)
+    assert evaluation is not None
+    measured = Measured(value=-0.123, low=-0.234, high=-0.012)
+    skill = {"before": measured, "after": measured, "change": measured}
+    structures = {
+        f"hippocampus-{side}": UntrainedStructure(**skill, cases=12, other_side=side == "right")
+        for side in ("left", "middle", "right")
+    }
+    forgetting = Forgetting(
+        patients=12,
+        flips=Flips(cases=36, lost=3, gained=0),
+        structures=structures,
+        other_sides=Skill(**skill),
+        neither_side=Skill(**skill),
+    )
+    changed = evaluation.model_copy(update={"forgetting": forgetting})
+    (folder / EVALUATION).write_text(changed.model_dump_json())
+    assert "Did it forget" in write_report(folder).read_text()
+
+
 def test_report_fits_every_page_and_asks_nobody(
     make_study: Callable[..., StudyConfig],
     study_file: Callable[[StudyConfig], Path],
     tmp_path: Path,
     browser: Browser,
 ) -> None:
-    run = simulate(study_file(make_study()), out=tmp_path / "runs", workers=0)
+    run = simulate(study_file(make_study()), out=tmp_path / "runs", workers=0, few_shot=[1])
+    _claim_forgetting(run.folder)
     page = (run.folder / "report.html").as_uri()
     grounds = {}
     for width, scheme in ((1000, "light"), (1000, "dark"), (390, "light")):
