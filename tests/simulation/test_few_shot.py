@@ -124,16 +124,21 @@ def test_curve_is_the_same_in_forked_processes_and_after_a_stop(
     assert simulate(resume=here.folder, workers=0).few_shot == here.few_shot
 
 
-def test_without_baselines_the_curve_is_of_the_federation_alone(
+def test_without_baselines_the_curve_is_of_the_federation_alone_and_of_each_sites_own_model(
     make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:
-    run = simulate(study_file(make_study()), out=tmp_path / "runs", workers=0, baselines=False, few_shot=[2])
+    """Under a strategy that lets sites differ, as it does in the federation with all patients."""
+    study = make_study().replace(strategy={"name": "fedsa"})
+    run = simulate(study_file(study), out=tmp_path / "runs", workers=0, baselines=False, few_shot=[2])
     assert run.few_shot is not None
     assert run.few_shot.columns == ("federated",)
     assert all(point.joining is None for point in run.few_shot.points)
     assert sorted(path.name for path in (run.folder / "arms").iterdir()) == ["few-shot-2"]
-    (evaluated,) = {line["round"] for line in metrics_of(run.folder / "arms" / "few-shot-2") if "dice" in line}
-    assert evaluated == 2
+    told = [line for line in metrics_of(run.folder / "arms" / "few-shot-2") if line["event"] == "evaluate"]
+    assert [(line["site"], line["round"]) for line in told] == [("north", 2), ("south", 2)]
+    for line in told:
+        shown = run.few_shot.points[1].sites[line["site"]]["federated"].value
+        assert shown == pytest.approx(line["dice"], abs=1e-6)
 
 
 def test_trainings_that_would_be_charged_are_refused_before_anything_is_made(
