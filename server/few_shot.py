@@ -69,6 +69,11 @@ class FewShot(_Part):
         """The mean over sites before training: the same in every arm."""
         return self.points[0].mean.get("zero_shot")
 
+    @property
+    def has_joining(self) -> bool:
+        """Whether there are local-only arms to compare the federation with."""
+        return self.points[-1].joining is not None
+
     def is_all(self, point: FewShotPoint) -> bool:
         """Whether every site gave all of its training patients."""
         return point == self.points[-1]

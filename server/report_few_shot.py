@@ -10,9 +10,6 @@ from server.few_shot import FewShot, FewShotPoint
 from server.report_figures import draw_few_shot
 from server.results import DECIMALS, Column
 
-JOINING = "joining adds"
-"""Heading of federated less local-only."""
-
 
 @dataclass(frozen=True)
 class FewShotRow:
@@ -20,11 +17,13 @@ class FewShotRow:
 
     Attributes:
         label: training patients of each site.
-        cells: of every arm and, where there are baselines, of what joining adds; None where there is no value.
+        cells: of every arm; None where there is no value.
+        joining: federated less local-only; None without baselines, and before training.
     """
 
     label: str
     cells: tuple[Measured | None, ...]
+    joining: Measured | None
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,18 @@ class FewShotView:
         sentence: the finding in words.
         svg: the drawing.
         headings: of the cells.
+        has_joining: whether there are baselines to compare with.
         rows: from no patient to all.
+        option: as the command line wants the numbers of patients.
         resamples: behind every interval.
     """
 
     sentence: str
     svg: str
     headings: tuple[str, ...]
+    has_joining: bool
     rows: tuple[FewShotRow, ...]
+    option: str
     resamples: int
 
 
@@ -57,28 +60,22 @@ def few_shot_view(few_shot: FewShot, labels: Mapping[Column, str], metric_name: 
     return FewShotView(
         sentence=_sentence(few_shot, metric_name),
         svg=draw_few_shot(few_shot, labels, metric_name),
-        headings=headings_of(few_shot, labels),
-        rows=rows_of_curve(few_shot, labels),
+        headings=tuple(labels[column] for column in few_shot.columns),
+        has_joining=few_shot.has_joining,
+        rows=rows_of_curve(few_shot),
+        option=",".join(str(point.patients) for point in few_shot.trained[:-1]),
         resamples=few_shot.resamples,
     )
 
 
-def headings_of(few_shot: FewShot, labels: Mapping[Column, str]) -> tuple[str, ...]:
-    """Headings of the cells of a row."""
-    arms = tuple(labels[column] for column in few_shot.columns)
-    return (*arms, JOINING) if few_shot.points[-1].joining is not None else arms
-
-
-def rows_of_curve(few_shot: FewShot, labels: Mapping[Column, str]) -> tuple[FewShotRow, ...]:
+def rows_of_curve(few_shot: FewShot) -> tuple[FewShotRow, ...]:
     """The table: before training all arms are the same model."""
-    has_joining = few_shot.points[-1].joining is not None
 
     def row(point: FewShotPoint) -> FewShotRow:
         if point.patients == 0:
-            cells: tuple[Measured | None, ...] = (few_shot.before,) * len(few_shot.columns)
-            return FewShotRow(f"0 ({labels['zero_shot']})", (*cells, None) if has_joining else cells)
+            return FewShotRow("0", (few_shot.before,) * len(few_shot.columns), None)
         cells = tuple(point.mean.get(column) for column in few_shot.columns)
-        return FewShotRow(few_shot.label(point), (*cells, point.joining) if has_joining else cells)
+        return FewShotRow(few_shot.label(point), cells, point.joining)
 
     return tuple(row(point) for point in few_shot.points)
 
@@ -93,9 +90,10 @@ def _sentence(few_shot: FewShot, metric_name: str) -> str:
     alone = first.mean.get("local_only"), last.mean.get("local_only")
     if alone[0] is None or alone[1] is None:
         return f"{start}; with all of them, {_shown(together[1])}."
+    catching_up = _catching_up(few_shot, together[0])
     return (
-        f"{start} and a site alone {_shown(alone[0])}: {_added(first.joining)}. With all of them it is "
-        f"{_shown(together[1])} and {_shown(alone[1])}: {_added(last.joining)}. {_catching_up(few_shot, together[0])}"
+        f"{start} and a site alone {_shown(alone[0])}, {_compared(first.joining)}. With all of them they reach "
+        f"{_shown(together[1])} and {_shown(alone[1])}, {_compared(last.joining)}. {catching_up}"
     )
 
 
@@ -118,15 +116,15 @@ def _reaches(alone: Measured | None, goal: Measured) -> bool:
     return alone is not None and round(alone.value, DECIMALS) >= round(goal.value, DECIMALS)
 
 
-def _added(joining: Measured | None) -> str:
-    """What joining adds, and whether it is told from chance."""
+def _compared(joining: Measured | None) -> str:
+    """Federated less local-only, and whether it is told from chance."""
     if joining is None:
         return "there is no difference to take"
     interval = ""
     if joining.low is not None and joining.high is not None:
-        interval = f" ({joining.low:.{DECIMALS}f} to {joining.high:.{DECIMALS}f})"
-    doubt = "" if joining.is_told_from_zero else ", which is not told from chance"
-    return f"joining adds {_shown(joining)}{interval}{doubt}"
+        interval = f" ({joining.low:+.{DECIMALS}f} to {joining.high:+.{DECIMALS}f})"
+    doubt = "" if joining.is_told_from_zero else ", not told from chance"
+    return f"a difference of {joining.value:+.{DECIMALS}f}{interval}{doubt}"
 
 
 def _patients(count: int) -> str:

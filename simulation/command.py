@@ -203,31 +203,39 @@ def _show(run: Run, console: Console) -> None:
 
 
 def _few_shot_table(few_shot: FewShot, results: Results, labels: Mapping[Column, str]) -> Table:
-    """Training patients of each site by arms, and what joining adds; each with its interval."""
+    """Training patients of each site by arms, and federated less local-only; each with its interval."""
     from rich import box
     from rich.table import Table
 
-    from server.report_few_shot import headings_of, rows_of_curve
+    from server.report_few_shot import rows_of_curve
     from server.results import DECIMALS
 
-    def cell(measured: Measured | None) -> str:
+    def cell(measured: Measured | None, sign: str = "") -> str:
         if measured is None:
             return "-"
-        value = f"{measured.value:.{DECIMALS}f}"
+        value = f"{measured.value:{sign}.{DECIMALS}f}"
         if measured.low is None or measured.high is None:
             return value
-        return f"{value} ({measured.low:.{DECIMALS}f} to {measured.high:.{DECIMALS}f})"
+        return f"{value}\n{measured.low:{sign}.{DECIMALS}f} to {measured.high:{sign}.{DECIMALS}f}"
 
+    compared = "\nDifference: federated less local-only." if few_shot.has_joining else ""
     table = Table(
-        title=f"{results.study}: {results.metric_name}, mean of sites, by training patients of each; 95 % intervals",
+        title=f"{results.study}: {results.metric_name} by training patients at each site",
         title_style="",
+        caption=f"Mean of sites; 95 % intervals over held-out patients; 0: before training.{compared}",
+        caption_style="",
         box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
     )
-    table.add_column("training patients")
-    for heading in headings_of(few_shot, labels):
-        table.add_column(heading, justify="right")
-    for row in rows_of_curve(few_shot, labels):
-        table.add_row(row.label, *(cell(measured) for measured in row.cells))
+    table.add_column("patients", no_wrap=True)
+    for column in few_shot.columns:
+        table.add_column(labels[column], justify="right", no_wrap=True)
+    if few_shot.has_joining:
+        table.add_column("difference", justify="right", no_wrap=True)
+    for row in rows_of_curve(few_shot):
+        difference = [cell(row.joining, "+")] if few_shot.has_joining else []
+        table.add_row(row.label, *(cell(measured) for measured in row.cells), *difference)
     return table
 
 

@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from simulation.cohort import CohortRecipe, atlas_planes_of, class_map, examples
 VERSION = 1
 """Raised when the same recipe would give other outlines: files of another version are not read."""
 
-MAX_TRIED = 3
+MAX_TRIED = 2
 """Structures that are tried at most: an outline takes as long as one that was trained, and there are two of each."""
 
 FRESH_HEAD = "a classifier's head is fresh, so before training there is no skill to forget"
@@ -96,20 +97,27 @@ def untrained_outlines(
 def _tried(
     structures: tuple[str, ...], trained: tuple[str, ...], maps: Mapping[str, npt.NDArray[np.uint8]]
 ) -> UntrainedOutlines | NotMeasured:
-    """The structures to try: of those that are seen at all, the ones that are trained on neither side come first."""
-    areas_px = [np.bincount(label_HW.ravel(), minlength=len(structures) + 1) for label_HW in maps.values()]
-    is_seen = [any(area_px[index] >= MIN_STRUCTURE_AREA_PX for area_px in areas_px)
-               for index in range(1, len(structures) + 1)]  # fmt: skip
-    seen = [name for name, is_there in zip(structures, is_seen, strict=True) if is_there]
+    """The structures to try: in turn one that is trained on neither side and one whose mirror image is trained.
+
+    Of each kind those first that the most images show; what no image shows is not tried.
+    """
+    is_shown = [
+        np.bincount(label_HW.ravel(), minlength=len(structures) + 1)[1:] >= MIN_STRUCTURE_AREA_PX
+        for label_HW in maps.values()
+    ]
+    num_images = dict(zip(structures, np.sum(is_shown, axis=0).tolist(), strict=True))
+    shown = sorted((name for name in structures if num_images[name]), key=lambda name: -num_images[name])
     sideless = {name.rpartition("-")[0] for name in trained}
-    other_sides = frozenset(name for name in seen if name.rpartition("-")[0] in sideless)
-    tried = tuple(sorted(seen, key=lambda name: name in other_sides)[:MAX_TRIED])
+    mirrored = [name for name in shown if name.rpartition("-")[0] in sideless]
+    others = [name for name in shown if name not in mirrored]
+    in_turn = [name for pair in zip_longest(others, mirrored) for name in pair if name is not None]
+    tried = tuple(in_turn[:MAX_TRIED])
     if not tried:
         return NotMeasured(why=NONE_THERE)
     class_of_label = np.array([0, *(tried.index(name) + 1 if name in tried else 0 for name in structures)], np.uint8)
     return UntrainedOutlines(
         structures=tried,
-        other_sides=other_sides & set(tried),
+        other_sides=frozenset(mirrored) & set(tried),
         label_maps=_by_patient({name: class_of_label[label_HW] for name, label_HW in maps.items()}),
     )
 

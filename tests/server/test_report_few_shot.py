@@ -46,10 +46,10 @@ def sentence(*arguments: object, **changes: object) -> str:
 
 def test_curve_is_told_in_numbers_and_in_patients() -> None:
     assert sentence((0.5, 0.6, 0.8), (0.6, 0.7, 0.85)) == (
-        "With 1 training patient at each site the federation reaches Dice 0.600 and a site alone 0.500: joining adds "
-        "0.100 (0.050 to 0.150). With all of them it is 0.850 and 0.800: joining adds 0.100 (0.050 to 0.150). In the "
-        "mean of sites, training alone needs 2 training patients for what the federation reaches with 1 training "
-        "patient of each."
+        "With 1 training patient at each site the federation reaches Dice 0.600 and a site alone 0.500, a difference "
+        "of +0.100 (+0.050 to +0.150). With all of them they reach 0.850 and 0.800, a difference of +0.100 (+0.050 to "
+        "+0.150). In the mean of sites, training alone needs 2 training patients for what the federation reaches with "
+        "1 training patient of each."
     )
 
 
@@ -69,8 +69,8 @@ def test_catching_up_is_told_whichever_way_it_went(
 
 def test_difference_within_its_interval_is_not_claimed() -> None:
     told = sentence((0.5, 0.6), (0.6, 0.7), UNCLEAR)
-    assert told.count("joining adds 0.020 (-0.020 to 0.050), which is not told from chance.") == 2
-    assert "joining adds 0.300, which is not told from chance" in sentence((0.5, 0.6), (0.6, 0.7), Measured(value=0.3))
+    assert told.count("a difference of +0.020 (-0.020 to +0.050), not told from chance.") == 2
+    assert "a difference of +0.300, not told from chance." in sentence((0.5, 0.6), (0.6, 0.7), Measured(value=0.3))
 
 
 def test_federation_by_itself_is_compared_with_nothing() -> None:
@@ -79,14 +79,17 @@ def test_federation_by_itself_is_compared_with_nothing() -> None:
         "With 1 training patient at each site the federation reaches Dice 0.600; with all of them, 0.700."
     )
     assert view.headings == ("federated",)
+    assert not view.has_joining
 
 
 def test_table_begins_with_the_model_that_all_arms_share_and_ends_with_all_patients() -> None:
     view = few_shot_view(curve((0.5, 0.6), (0.6, 0.7)), LABELS, "Dice")
-    assert view.headings == ("local-only", "federated", "joining adds")
-    assert [row.label for row in view.rows] == ["0 (zero-shot)", "1", "all (3 to 5)"]
-    assert view.rows[0].cells == (Measured(value=0.4), Measured(value=0.4), None)
-    assert view.rows[1].cells[2] == CLEAR
+    assert view.headings == ("local-only", "federated")
+    assert view.has_joining
+    assert view.option == "1"
+    assert [row.label for row in view.rows] == ["0", "1", "all (3 to 5)"]
+    assert view.rows[0].cells == (Measured(value=0.4), Measured(value=0.4))
+    assert [row.joining for row in view.rows] == [None, CLEAR, CLEAR]
     assert few_shot_view(curve(None, (0.6, 0.7), largest=3), LABELS, "Dice").rows[-1].label == "all (3)"
 
 

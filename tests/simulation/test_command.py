@@ -177,12 +177,12 @@ def test_few_shot_curve_is_printed_below_the_table_and_added_to_json(called: dic
     )
     curve = FewShot(resamples=2000, metric="dice", points=points)
     called["run"] = Run(plain.folder, plain.summary, curve)
-    out = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["s.toml", "--few-shot", "1"]).stdout
+    out = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["s.toml", "--few-shot", "1"]).stdout
     assert called["few_shot"] == (1,)
     shown = " ".join(out.split())
-    assert "1 0.600 (0.590 to 0.610) 0.650 (0.640 to 0.660) 0.111 (0.100 to 0.125)" in shown
+    assert "1 0.600 0.650 +0.111 0.590 to 0.610 0.640 to 0.660 +0.100 to +0.125" in shown
     assert "all (2) 0.700" in shown
-    assert shown.index("worst site") < shown.index("joining adds") < shown.index(NO_PRIVACY)
+    assert shown.index("worst site") < shown.index("difference") < shown.index(NO_PRIVACY)
     held = json.loads(CliRunner().invoke(app, ["s.toml", "--few-shot", "1", "--json"]).stdout)
     assert held.pop("few_shot") == curve.model_dump(mode="json")
     assert held == json.loads(plain.summary.model_dump_json())

@@ -100,8 +100,9 @@ def test_points_are_trainings_on_those_patients_alone(
 
     report = (run.folder / "report.html").read_text()
     assert "How many patients does each site need?" in report
-    assert "--few-shot" not in report
-    assert "--few-shot" in (tmp_path / "alone" / Path(alone.run_dir).name / "report.html").read_text()
+    assert "<pre>medfed simulate STUDY.toml --few-shot 1</pre>" in report
+    assert "tries fewer" not in report
+    assert "tries fewer" in (tmp_path / "alone" / Path(alone.run_dir).name / "report.html").read_text()
     for file in (FEW_SHOT_FILE, "sites.json", "options.json"):
         text = (run.folder / file).read_text()
         assert not any(f"{site}-{number}" in text for site in study.site_names for number in range(5))

@@ -63,24 +63,25 @@ def test_reason_is_given_where_there_is_nothing_to_try(make_study: MakeStudy, tm
     assert not (tmp_path / "untrained").exists()
 
 
-def test_structures_trained_on_neither_side_are_tried_first_and_unseen_ones_never() -> None:
+def test_both_kinds_are_tried_in_turn_the_most_shown_first_and_unseen_ones_never() -> None:
     structures = ("thalamus-right", "pallidum-left", "caudate-left", "hippocampus-left", "hippocampus-right")
-    label_HW = np.repeat(np.arange(6, dtype=np.uint8), 20).reshape(10, 12)
-    label_HW[label_HW == 3] = 0
-    label_HW[0, 0] = 3  # one pixel of the caudate is none
-    found = untrained._tried(structures, ("thalamus-left",), {"north/north-0001/0": label_HW})
+    first_HW = np.repeat(np.arange(6, dtype=np.uint8), 20).reshape(10, 12)
+    first_HW[first_HW == 3] = 0
+    first_HW[0, 0] = 3  # one pixel of the caudate is none
+    second_HW = np.where(first_HW == 5, 5, 0).astype(np.uint8)
+    maps = {"north/north-0001/0": first_HW, "north/north-0001/1": second_HW}
+    found = untrained._tried(structures, ("thalamus-left",), maps)
     assert isinstance(found, UntrainedOutlines)
-    assert found.structures == ("pallidum-left", "hippocampus-left", "hippocampus-right")
-    assert found.other_sides == frozenset()
-    (stored_HW,) = found.label_maps["north"]["north-0001"]
-    for index, name in enumerate(found.structures, start=1):
-        assert np.array_equal(stored_HW == index, label_HW == structures.index(name) + 1)
-    first_two = {"north/north-0001/0": np.where(label_HW <= 2, label_HW, 0).astype(np.uint8)}
-    two = untrained._tried(structures[:2], ("thalamus-left",), first_two)
-    assert isinstance(two, UntrainedOutlines)
-    assert two.structures == ("pallidum-left", "thalamus-right")
-    assert two.other_sides == {"thalamus-right"}
-    empty = {"north/north-0001/0": np.zeros_like(label_HW)}
+    assert found.structures == ("hippocampus-right", "thalamus-right")
+    assert found.other_sides == {"thalamus-right"}
+    for stored_HW, label_HW in zip(found.label_maps["north"]["north-0001"], maps.values(), strict=True):
+        for index, name in enumerate(found.structures, start=1):
+            assert np.array_equal(stored_HW == index, label_HW == structures.index(name) + 1)
+        assert stored_HW.max() <= 2
+    neither = untrained._tried(structures, ("amygdala",), maps)
+    assert isinstance(neither, UntrainedOutlines)
+    assert (neither.structures, neither.other_sides) == (("hippocampus-right", "thalamus-right"), frozenset())
+    empty = {"north/north-0001/0": np.zeros_like(first_HW)}
     assert untrained._tried(structures, ("thalamus-left",), empty) == NotMeasured(why=untrained.NONE_THERE)
 
 
