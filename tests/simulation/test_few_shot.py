@@ -110,6 +110,7 @@ def test_points_are_trainings_on_those_patients_alone(
         simulate(resume=run.folder, workers=0, few_shot=[2])
 
 
+@pytest.mark.slow
 def test_curve_is_the_same_in_forked_processes_and_after_a_stop(
     make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:
