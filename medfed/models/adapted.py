@@ -18,6 +18,7 @@ from medfed.adapter_manifest import AdapterManifest
 from medfed.canonical import canonical_bytes, derive_seed, sha256_hex
 from medfed.errors import StudyError
 from medfed.models.folding import FoldableBase, ModelState, lora_layers, stacked
+from medfed.models.multiplied_out import multiply_out
 from medfed.models.peft_folder import replace_pairs
 from medfed.models.pixels import PixelSpec
 from medfed.models.registry import Backbone, backbone_of
@@ -158,6 +159,8 @@ def _attach_adapter(backbone: nn.Module, entry: Backbone, study: StudyConfig) ->
                 f"Expected an adapter that fits {study.backbone.name}, got {study.adapter.in_words}: {error}"
             ) from None
     _call_trained_heads_directly(backbone)
+    if entry.large_activations:
+        multiply_out(peft_model)
     return peft_model
 
 

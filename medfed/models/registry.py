@@ -28,6 +28,7 @@ class Backbone:
         task_kind: the task it serves.
         presets: adapter targets by name, as regular expressions over module names.
         heads: modules trained in full beside the adapter.
+        large_activations: whether LoRA is quicker multiplied out (:mod:`medfed.models.multiplied_out`).
     """
 
     build: Callable[[SegmentationConfig | ClassificationConfig, torch.Generator], nn.Module]
@@ -36,6 +37,7 @@ class Backbone:
     task_kind: str
     presets: Mapping[str, str] = field(default_factory=dict)
     heads: tuple[str, ...] = ()
+    large_activations: bool = False
 
     def target_expression(self, targets: str) -> str:
         """The regular expression of a preset name or of ``regex:...``.
@@ -139,6 +141,7 @@ register_backbone(
             "encoder-qkv+decoder-qv": r"image_encoder\.layers\.\d\.blocks\.\d\.attn\.qkv"
             rf"|{_DECODER_QV}",
         },
+        large_activations=True,
     ),
 )
 register_backbone(
@@ -165,6 +168,7 @@ register_backbone(
         pixels=PixelSpec(image_size=64),
         task_kind="segmentation",
         presets={"decoder-qv": _DECODER_QV},
+        large_activations=True,  # as the model that it stands in for
     ),
 )
 register_backbone(

@@ -345,7 +345,11 @@ class MaskDecoder(nn.Module):
         assert isinstance(second, nn.ConvTranspose2d)
         tile_NHWijC = functional.gelu(norm.normalise_channels_last(tiles_of_pixels(image_NHWC, first)))
         tile_NHWijklE = functional.gelu(tiles_of_pixels(tile_NHWijC, second))
-        logits_NHWijkl = torch.einsum("nhwijkle,ne->nhwijkl", tile_NHWijklE, mask_weight_NE)
+        # Box by box: a batched product with one column is a third slower on a CPU, forwards and backwards.
+        logits = [
+            tile.flatten(0, -2).mv(weight_E) for tile, weight_E in zip(tile_NHWijklE, mask_weight_NE, strict=True)
+        ]
+        logits_NHWijkl = torch.stack(logits).view(tile_NHWijklE.shape[:-1])
         boxes, rows, columns = image_NHWC.shape[:3]
         scale = UPSCALE * UPSCALE
         # Rows interleave H, i, k and columns interleave W, j, l.
