@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt requirements-weights.txt
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: setup setup-ray demo consortium test test-deployment test-fast check mutate bench clean help
+.PHONY: setup setup-ray demo consortium test test-deployment test-exhaustive test-fast check mutate bench clean help
 
 help: ## Show what can be made.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -33,14 +33,17 @@ demo: setup ## Four virtual hospitals adapt LiteMedSAM; ends with a table and a 
 consortium: setup ## Three hospitals, each a process of its own, train one private study to its end.
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/consortium.sh
 
-test: setup ## The test-suite, file by file on up to four cores; without whole consortia.
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --ignore tests/deployment --ignore tests/examples
+test: setup ## The test-suite, file by file on up to four cores; without the two below.
+	$(BIN)/python -m pytest -m "not exhaustive" --numprocesses auto --maxprocesses 4 --dist loadfile --ignore tests/deployment --ignore tests/examples
 
 test-deployment: setup ## Consortia of real processes, killed and cut off in every way, one after the other.
 	$(BIN)/python -m pytest tests/deployment tests/examples
 
+test-exhaustive: setup ## Kills before every system call, image builds, gates on speed, one after the other: minutes each.
+	$(BIN)/python -m pytest -m exhaustive --ignore tests/deployment --ignore tests/examples
+
 test-fast: setup ## Tests that need neither time, weights nor processes.
-	$(BIN)/python -m pytest -m "not slow and not weights and not process"
+	$(BIN)/python -m pytest -m "not slow and not weights and not process and not exhaustive"
 
 check: setup ## Lint, format, types, layers, packaging.
 	$(BIN)/ruff check

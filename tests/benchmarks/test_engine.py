@@ -10,7 +10,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "engine.py"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.process
 def test_small_run_agrees_with_the_plain_loop() -> None:
     done = subprocess.run(

@@ -327,7 +327,7 @@ def built(roomy: Path) -> Iterator[list[Built]]:
     shutil.rmtree(environment)  # pytest would keep it for the next three runs
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.process
 @pytest.mark.timeout(1800)  # without pip's cache a build downloads a gigabyte, with a CUDA build of torch three
 def test_what_is_built_holds_a_medfed_that_works_outside_the_tree(built: list[Built], tmp_path: Path) -> None:

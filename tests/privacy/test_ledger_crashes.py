@@ -95,7 +95,9 @@ def ready() -> None:
 
 
 EVERY_CALL = pytest.mark.parametrize(
-    "stride", [pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(900)]), 29], ids=["every call", "some"]
+    "stride",
+    [pytest.param(1, marks=[pytest.mark.exhaustive, pytest.mark.timeout(900)]), 29],
+    ids=["every call", "some"],
 )
 
 

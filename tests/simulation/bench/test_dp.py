@@ -12,7 +12,7 @@ from simulation.bench_command import app
 from simulation.progress import Reporter, Silent
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.process
 def test_private_step_costs_at_most_a_quarter_more() -> None:
     rows = measure(GATE, Silent())
@@ -20,7 +20,7 @@ def test_private_step_costs_at_most_a_quarter_more() -> None:
     assert any(row.target == 1.25 for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.process
 @pytest.mark.timeout(900)  # forty seconds by itself, minutes beside other work
 def test_every_arm_runs_and_is_measured() -> None:

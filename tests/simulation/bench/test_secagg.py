@@ -16,7 +16,7 @@ from simulation.progress import Reporter, Silent
 SMALL = Workload(num_sites=4, num_parameters=1000, repeats=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.process
 def test_round_costs_a_fraction_of_flowers() -> None:
     rows = measure(GATE, Silent())
@@ -24,6 +24,7 @@ def test_round_costs_a_fraction_of_flowers() -> None:
     assert {row.target for row in rows if row.unit == "CPU ratio"} == {3.0, 5.0, None}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.process
 def test_every_part_of_both_arms_is_measured() -> None:
     rows = {(row.name, row.unit): row for row in measure((Case(SMALL, client=1e-9, server=1e-9),), Silent())}
