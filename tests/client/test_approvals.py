@@ -282,3 +282,17 @@ def test_screen_names_every_tensor_that_leaves(
     ):
         assert said in shown
     assert all(group.name in shown for group in upload.tensors)
+
+
+def test_screen_breaks_no_digest_and_no_name_of_a_tensor_at_eighty_columns(
+    made, signed: StudyToApprove, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    words = study_in_words(made.coordinator.signed_study(signed.path), made.sites["north"])
+    approve(made, signed, "--yes")
+    shown = capsys.readouterr().out
+    for whole in (words.digest, words.coordinator, words.backbone_sha256):
+        assert whole in shown
+    for group in words.uploads[0].tensors:
+        for part in group.name.split("."):
+            assert part in shown
