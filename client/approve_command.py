@@ -42,6 +42,7 @@ def approve(
     from rich.console import Console
 
     from client.approvals import keep_study, store_approval
+    from client.newest_roster import note_roster
     from client.site_folder import existing_site
     from client.study_in_words import study_in_words
     from medfed.signed_document import read_document
@@ -51,6 +52,7 @@ def approve(
     data = read_document(study)
     signed = parse_signed_study(data, public_key=folder.kit.coordinator_key, origin=str(study))
     words = study_in_words(signed, folder)
+    note_roster(signed, folder)
     if not as_json:
         _show(words, Console())
     if not yes and not as_json:
@@ -58,7 +60,7 @@ def approve(
             f"Type the study's name ({words.study}) to let it train here", default="", show_default=False
         )
         if typed.strip() != words.study:
-            typer.echo("not approved; nothing has changed")
+            typer.echo("not approved; nothing of it trains here")
             sys.exit(1)
     if yes or not as_json:
         keep_study(folder, words.digest, data)
