@@ -134,6 +134,7 @@ def test_site_killed_after_its_masked_upload_is_in_the_sum_all_the_same(deployme
     assert line["num_sites"] == 3
 
 
+@pytest.mark.usefixtures("undisturbed")
 def test_private_superlink_killed_in_a_round_is_charged_once_for_each_round(deployment, until: Callable) -> None:
     run = deployment.begin(deployment.sign_private("private-superlink-killed"))
     until(lambda: deployment.in_work("few") == "train 2", what="round 2")
@@ -146,6 +147,7 @@ def test_private_superlink_killed_in_a_round_is_charged_once_for_each_round(depl
     assert {status.epsilon for status in run.status.sites.values()} == {run.status.epsilon_planned}
 
 
+@pytest.mark.usefixtures("undisturbed")  # all sites are warm
 def test_server_killed_in_a_round_with_shared_noise_asks_the_same_again_and_nobody_is_charged_twice(
     deployment, until: Callable
 ) -> None:
