@@ -172,7 +172,7 @@ def test_site_with_another_weights_file_is_refused_there_and_the_others_go_on(de
         "weights",
         backbone={"name": "lite-medsam", "sha256": LITE_MEDSAM.sha256},
         training={"local_epochs": 1, "batch_size": 2, "learning_rate": 0.01},
-        rounds={"num_rounds": 1, "quorum": 2, "deadline_s": 90},
+        rounds={"num_rounds": 1, "quorum": 2, "deadline_s": 120},
     )
     run = deployment.begin(study)
     run.finishes()
