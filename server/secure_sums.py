@@ -2,7 +2,8 @@
 
 The protocol is in :mod:`privacy.secure_aggregation`; here are its messages, sent to named sites and taken back.
 A round in which nobody is missing costs each site two messages, the vector and its shares; otherwise a vote more.
-An epoch's keys are made once for many rounds, and anew when a site was missing, so that it can come back.
+An epoch's keys are made once for many rounds, and anew when a site was missing, so that it can come back. What was
+asked is written down (:mod:`server.asked_sums`), so that a server that was killed asks the same again.
 """
 
 from __future__ import annotations

@@ -244,6 +244,24 @@ def test_sites_that_stored_no_answer_are_asked_for_new_vectors_at_once(consortiu
     assert consortium.vectors == [2] * 5
 
 
+def test_site_killed_between_masking_and_storing_masks_nothing_more_and_is_in_no_sum(
+    consortium: Consortium, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    north = consortium.sites["north"]
+
+    def killed(*_: object) -> None:
+        raise SecureAggregationError("nobody hears this")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(north.replies, "keep", lambda question, reply: north.vectors and killed())
+        consortium.killed_after = "train"
+        with pytest.raises(ServerKilledError):
+            consortium.server()("train", 1)
+    consortium.killed_after = ""
+    assert consortium.server()("train", 1).sites == ("south", "west", "east", "centre")
+    assert consortium.vectors == [1] * 5
+
+
 def test_another_model_or_round_is_another_question(consortium: Consortium) -> None:
     server = consortium.server()
     server("train", 1)
