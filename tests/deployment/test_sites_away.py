@@ -9,16 +9,15 @@ import pytest
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.usefixtures("undisturbed")]  # all sites are warm
 
-LATE = {"num_rounds": 3, "quorum": 2, "deadline_s": 8}
-SLOWLY = {"local_epochs": 60, "batch_size": 2, "learning_rate": 0.01}
+LATE = {"num_rounds": 3, "quorum": 2, "deadline_s": 15}
 MASKED = {"enabled": True, "max_colluding": 0, "min_sites": 2, "threshold": 2, "update_clip_norm": 8.0}
 
 
 def test_a_late_reply_is_dropped_and_the_site_is_in_later_rounds_again(deployment, until: Callable) -> None:
     begun, few = len(deployment.audit_log("few")), deployment.sites["few"]
-    run = deployment.begin(deployment.sign("late", rounds=LATE, training=SLOWLY))
+    run = deployment.begin(deployment.sign("late", rounds=LATE))
     until(lambda: deployment.in_work("few") == "train 1", what="round 1")
-    time.sleep(0.3)  # it has made sure that the run goes on, and trains
+    time.sleep(0.2)  # it has made sure that the run goes on, and trains
     few.freeze()
     run.says("event=round_done scope=federated round=1")
     few.thaw()
