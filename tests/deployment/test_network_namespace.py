@@ -88,8 +88,8 @@ def test_cable_pulled_for_a_round_costs_time_alone(
     east = deployment.start_site("east", proxy.environment, inside=("ip", "netns", "exec", cable.name))
     east.says("event=connected")
     try:
-        run = deployment.begin(deployment.sign("cable"))
-        until(lambda: deployment.in_work("east") == "train 2", what="round 2")
+        run = deployment.begin(deployment.sign("cable", rounds={"num_rounds": 3, "deadline_s": 60}))
+        until(lambda: deployment.in_work("east") == "train 2", what="round 2", seconds=120.0)  # it has to warm up first
         cable.pull()
         before = cable.sent()
         with pytest.raises(AssertionError, match="waited"):
