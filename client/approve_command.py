@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,6 +42,7 @@ def approve(
     from rich.console import Console
 
     from client.approvals import keep_study, store_approval
+    from client.newest_roster import note_roster
     from client.site_folder import existing_site
     from client.study_in_words import study_in_words
     from medfed.signed_document import read_document
@@ -50,6 +52,7 @@ def approve(
     data = read_document(study)
     signed = parse_signed_study(data, public_key=folder.kit.coordinator_key, origin=str(study))
     words = study_in_words(signed, folder)
+    note_roster(signed, folder)
     if not as_json:
         _show(words, Console())
     if not yes and not as_json:
@@ -57,7 +60,7 @@ def approve(
             f"Type the study's name ({words.study}) to let it train here", default="", show_default=False
         )
         if typed.strip() != words.study:
-            typer.echo("not approved; nothing has changed")
+            typer.echo("not approved; nothing of it trains here")
             sys.exit(1)
     if yes or not as_json:
         keep_study(folder, words.digest, data)
@@ -85,15 +88,18 @@ def _show(words: StudyInWords, console: Console) -> None:
         "study",
         f"{words.study}, for {words.site} in {words.consortium}, with {', '.join(words.others) or 'nobody else'}",
     )
-    row("signed by", f"the coordinator with fingerprint {words.coordinator}", f"digest {words.digest}")
+    row("signed by", "the coordinator with fingerprint", words.coordinator)
+    row("digest", words.digest)
     row("")
-    row("runs here", words.task, f"{words.backbone} (frozen), {words.adapter}", f"sha256 {words.backbone_sha256}")
-    row("", f"{words.num_rounds} rounds; in each {words.local}")
+    rounds = f"{words.num_rounds} rounds; in each {words.local}"
+    row("runs here", words.task, f"{words.backbone} (frozen), {words.adapter}", rounds)
+    row("its weights", "have the SHA-256", words.backbone_sha256)
     row("on", words.patients)
     row("")
     for upload in words.uploads:
         row("leaves", f"{upload.rounds}: {upload.num_elements:,} numbers in {upload.num_tensors} tensors")
-        row("", *(line for group in upload.tensors for line in (group.name, f"  {_shapes(group.shapes)}")))
+        for group in upload.tensors:
+            row("", *_at_dots(group.name, console.width - _WIDTH - 2), f"  {_shapes(group.shapes)}")
     row("", f"{words.bytes_up:,} bytes a round, {words.bytes_up_total:,} in all; to {words.server}")
     row("told besides", *words.told)
     row("")
@@ -131,6 +137,17 @@ def _show_budget(words: StudyInWords, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _at_dots(name: str, width: int) -> list[str]:
+    """A module's name in lines of at most this width, broken before dots; a part that is longer has its own line."""
+    lines: list[str] = []
+    for part in re.split(r"(?=\.)", name):
+        if lines and len(lines[-1]) + len(part) <= width:
+            lines[-1] += part
+        else:
+            lines.append(f"  {part}" if lines else part)
+    return lines
 
 
 def _shapes(shapes: tuple[tuple[int, tuple[int, ...]], ...]) -> str:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from client.audit_log import Line
 
+_DIGITS = 8
+"""Of a digest that are shown: enough to find it with --json."""
+
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 
@@ -64,14 +67,15 @@ def _table(lines: Sequence[Line]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    # Eighty columns hold a line: what comes of an answer may be folded, everything else is as wide as it is.
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     for name in ("UTC", "study", "asked for"):
         table.add_column(name, no_wrap=True)
     for name in ("round", "bytes"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("SHA-256", no_wrap=True)
+    table.add_column("SHA-256", no_wrap=True, min_width=_DIGITS)
     table.add_column("epsilon", justify="right", no_wrap=True)
-    table.add_column("outcome", overflow="fold")
+    table.add_column("outcome", overflow="fold", min_width=len("outcome"))
     for line in lines:
         left = line.departure
         epsilon = "" if left.epsilon_after is None else f"{left.epsilon_after:.3f}"
@@ -80,11 +84,11 @@ def _table(lines: Sequence[Line]) -> Table:
         outcome = Text(f"{left.kind or left.outcome}{again}", style=style)
         table.add_row(
             left.time[2:19].replace("T", " "),
-            left.study_digest[:8],
-            Text(left.action.removeprefix("query.")),  # the server chose it: no markup
+            left.study_digest[:_DIGITS],
+            Text(left.action.removeprefix("query.").removeprefix("secure_")),  # the server chose it: no markup
             str(left.round),
             f"{left.payload_bytes:,}",
-            left.payload_digest[:8],
+            left.payload_digest[:_DIGITS],
             epsilon,
             outcome,
         )

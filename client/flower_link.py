@@ -53,9 +53,10 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from client.bounded_answer import bound_answers
 from medfed.errors import LinkDownError, LinkError, MessageError
 from medfed.flower_version import require_flower
-from medfed.messages import told
+from medfed.messages import MAX_MESSAGE_BYTES, MAX_MESSAGE_PARTS, told
 
 _log = logging.getLogger("medfed.client.flower_link")
 
@@ -172,6 +173,7 @@ class FleetLink:
             ],
         )
         self._client._client.timeout = httpx.Timeout(timeout_s)
+        bound_answers(self._client._client)
         self._client._client.follow_redirects = False  # a signed request is for the server of the kit alone
         self._node: Node | None = None
         self._closed = threading.Event()
@@ -226,7 +228,7 @@ class FleetLink:
 
         Raises:
             LinkError: if the server does not know this site any more.
-            LinkDownError: if it cannot be reached, or a message never came whole.
+            LinkDownError: if it cannot be reached, or a message never came whole, or is larger than ours are.
         """
         response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         if not response.messages_list:
@@ -240,7 +242,14 @@ class FleetLink:
             raise LinkDownError(
                 f"Expected a message from {self._server}, got {type(error).__name__}; it is asked for again."
             ) from None
-        return replace(announced, objects={part: self._pulled(announced.run_id, part) for part in parts})
+        if len(parts) > MAX_MESSAGE_PARTS:
+            raise self._too_large(f"one of {len(parts)} parts, more than {MAX_MESSAGE_PARTS}")
+        objects: dict[str, bytes] = {}
+        for part in parts:
+            objects[part] = self._pulled(announced.run_id, part)
+            if sum(map(len, objects.values())) > MAX_MESSAGE_BYTES:
+                raise self._too_large(f"one of more than {MAX_MESSAGE_BYTES} bytes")
+        return replace(announced, objects=objects)
 
     def confirm(self, delivery: Delivery) -> None:
         """Tell the server that a message arrived; it is not sent again, whatever becomes of this process."""
@@ -315,6 +324,12 @@ class FleetLink:
             if self._closed.wait(_OBJECT_WAIT_S):
                 break
         raise LinkDownError(f"Expected a whole message from {self._server}, got a part of one; it is asked for again.")
+
+    def _too_large(self, what: str) -> LinkDownError:
+        return LinkDownError(
+            f"Expected a message of medfed from {self._server}, got {what}; nothing of it is kept, and it stays "
+            "there until nobody waits for an answer: ask the coordinator who sent it."
+        )
 
     def _push(self, run_id: int, session_id: str, digest: str, content: bytes) -> None:
         request = PushObjectRequest(

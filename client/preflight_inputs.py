@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from client.newest_roster import refuse_older_roster
 from client.preflight_check import PreflightInputs
 from client.site_folder import existing_site
 from medfed.signed_study import SUFFIX, read_signed_study
@@ -21,13 +22,16 @@ def inputs_of_site(root: Path, study: Path | None, *, identified_data_allowed: b
     Raises:
         SiteError: if the folder is not whole, or its settings cannot be read.
         DocumentError: if kit, enrolment or study is not as it was signed.
+        ConsortiumError: if the study was signed under an older roster than this site has seen.
         StudyError: if the study file is wrong.
     """
     folder = existing_site(root)
     kit, settings = folder.kit, folder.settings()
     looked_at = None
     if study is not None and study.suffix == SUFFIX:
-        looked_at = read_signed_study(study, public_key=kit.coordinator_key).study
+        signed = read_signed_study(study, public_key=kit.coordinator_key)
+        refuse_older_roster(signed, folder)
+        looked_at = signed.study
     elif study is not None:
         looked_at = read_study(study)
     keys = (folder.node_key, folder.identity, folder.ledger_key)

@@ -83,7 +83,8 @@ def shared_noise_reply(
     """This site's clipped sum of one step with its share of noise, under masks (trust ``consortium``).
 
     The ledger is charged before anything is drawn: once the masked vector has left, the other sites can open the
-    sum without this one. A round that is asked for again is another round with its own charge.
+    sum without this one. A round that is asked for under other keys is another round with its own charge; the very same
+    question is answered from what was stored, before it comes here.
 
     Args:
         instruction: what was asked.

@@ -17,8 +17,10 @@ from medfed.messages import Fields
 
 _log = logging.getLogger("medfed.client.reply_store")
 
-_KEPT = 8
-"""Answers kept: a round has at most six questions, and a server that was set back asks for its last one."""
+_KEPT = 12
+"""Answers kept: a round has at most twelve questions, and a server that was set back asks for its last round again.
+
+An update under masks takes three for keys, and one each for its vector, the vote and the shares; so do scores."""
 
 _SUFFIX = ".reply"
 

@@ -7,8 +7,8 @@ study that its hospital approved; the server's word counts for the order of thin
 2. What it may cost in privacy is reserved in the ledger before it trains, and so before a masked vector leaves.
    Charging later, when the sum is opened, would miss a site that was cut off in between: the others can open a sum
    without it.
-3. The vector leaves under masks, once. A round that failed is another round, with new masks, new noise and a new
-   charge.
+3. The vector leaves under masks, once. Who asks for the very same round again gets the bytes that were stored
+   (:mod:`client.reply_store`); under other keys it is another round, with new masks, new noise and a new charge.
 """
 
 from __future__ import annotations

@@ -32,7 +32,10 @@ def _site() -> None:
 @app.command()
 def ledger(
     place: Annotated[
-        Path, typer.Argument(metavar="PATH", help="Ledger (.sqlite), or a folder of them.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="PATH", help="Site's folder, ledger (.sqlite), or a folder of them.", show_default=False
+        ),
     ],
     public_key: Annotated[
         Path | None,
@@ -51,7 +54,7 @@ def ledger(
 
     [bold]Examples[/bold]
 
-      medfed site ledger /srv/medfed/ledger.sqlite --public-key /etc/medfed/ledger.pub
+      medfed site ledger /srv/medfed --public-key /etc/medfed/ledger.pub
 
       medfed site ledger runs/brain-structures-20260101-120000
     """

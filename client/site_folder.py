@@ -7,7 +7,8 @@
     local/policy.toml         the hospital's: what may train, and what all studies together may spend
     local/approvals/          one signed approval for each study
     keys/                     node.key, identity, ledger.key, feature-cache.key; made here, and never leave
-    state/                    ledger.sqlite, journals/, memories/, replies/, inflight/, features/, audit-log.jsonl
+    state/                    ledger.sqlite, journals/, memories/, replies/, inflight/, features/, audit-log.jsonl,
+                              newest-roster.json
     enrolment.json            what the coordinator is sent
 
 All of it is for its owner alone. Back up ``keys``, ``local`` and the ledger; never restore ``state/journals``.
@@ -145,6 +146,11 @@ class SiteFolder:
     def audit_log(self) -> Path:
         """What left the site."""
         return self.state / "audit-log.jsonl"
+
+    @property
+    def newest_roster(self) -> Path:
+        """Serial of the newest roster it has seen."""
+        return self.state / "newest-roster.json"
 
     @property
     def private_folders(self) -> tuple[Path, ...]:

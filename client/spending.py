@@ -103,17 +103,20 @@ class ShownLedger(_Shown):
 
 
 def ledgers_in(place: Path) -> tuple[Path, ...]:
-    """The ledger at ``place``, or the ledgers in that folder or in its ``ledgers`` folder, by name.
+    """The ledger at ``place``, or the ledgers in that folder, a run's or a site's, by name.
 
     Raises:
         SiteError: if there is none.
     """
     if place.is_file():
         return (place,)
-    for folder in (place, place / "ledgers"):
+    for folder in (place, place / "ledgers", place / "state"):
         if found := tuple(sorted(folder.glob(f"*{SUFFIX}"))):
             return found
-    raise SiteError(f"Expected a ledger, or a folder of ledgers named *{SUFFIX}, at {place}, got none; name its place.")
+    raise SiteError(
+        f"Expected a ledger, or a folder of ledgers named *{SUFFIX}, at {place}, got none; name its place. A site's is "
+        "made when its first private round comes."
+    )
 
 
 def read_spending(path: Path, public_key: Path | None = None) -> ShownLedger:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from client.newest_roster import refuse_older_roster
 from client.policy import SitePolicy
 from client.site_folder import SiteFolder
 from medfed.adapter_manifest import AdapterManifest, TensorSpec
@@ -175,13 +176,15 @@ def study_in_words(signed: SignedStudy, folder: SiteFolder) -> StudyInWords:
         folder: of the site.
 
     Raises:
-        ConsortiumError: if the study is another consortium's, not one of this site's, or names another key for it.
+        ConsortiumError: if the study is another consortium's, not one of this site's, names another key for it, or was
+            signed under an older roster than this site has seen.
         PolicyError: if the hospital's policy forbids it, whatever is approved.
         LedgerError: if the privacy ledger is not as it was written: then nobody knows what was spent.
         MedfedError: if its parts do not go together.
     """
     study, kit, settings = signed.study, folder.kit, folder.settings()
     _require_ours(signed, folder)
+    refuse_older_roster(signed, folder)
     policy = folder.written_policy()
     policy.model_copy(update={"approved_studies": (study.digest,)}).check_study(study)
     plan = None if study.privacy is None else PrivacyPlan.of_study(study)

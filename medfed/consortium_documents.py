@@ -152,6 +152,13 @@ class EnrolmentRequest(SelfSignedBody):
         return self.signing_key
 
 
+RosterSerial = Annotated[int, Field(ge=1, lt=2**53)]
+"""The time at which the members changed, in seconds since 1970, or one more than the serial before if that is later.
+
+A coordinator who lost the roster need not know which serial the last one had.
+"""
+
+
 class Member(BaseModel):
     """A site that has enrolled.
 
@@ -181,13 +188,15 @@ class Roster(DocumentBody):
     Attributes:
         version: of the format.
         consortium: whose.
+        serial: grows whenever the members change: a roster says of itself which of two is the newer one.
         members: in the order of CONSORTIUM.toml; no key belongs to two of them.
     """
 
     kind: ClassVar[str] = "roster"
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     consortium: Name
+    serial: RosterSerial
     members: tuple[Member, ...]
 
     @model_validator(mode="after")

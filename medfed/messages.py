@@ -21,6 +21,14 @@ RECORD_KEY = "medfed"
 Fields = dict[str, str | bytes]
 """What a message is on the wire: ``header`` (JSON) and byte fields."""
 
+MAX_MESSAGE_BYTES = 256 * 2**20
+"""No message is larger, and a site reads no more: 64 million numbers, many times what adapters have.
+
+A study that needs more cannot be signed."""
+
+MAX_MESSAGE_PARTS = 16
+"""Flower takes a message apart: one of ours into the message, its records, and our record."""
+
 INSTRUCTION_FIELDS = ("header", "study", "adapter", "broadcast", "secure")
 REPLY_FIELDS = ("header", "adapter", "secure")
 

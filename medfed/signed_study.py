@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
+from medfed.consortium_documents import RosterSerial
 from medfed.signed_document import DocumentBody, read_document, verify_document
 from medfed.study import StudyConfig
 from medfed.study_sections import Name
@@ -21,13 +22,15 @@ class SignedStudy(DocumentBody):
     Attributes:
         version: of the format.
         consortium: whose sites take part.
+        roster_serial: of the roster of which they are members; sites refuse one older than they have seen.
         study: resolved: it names every tensor that may travel; without data, which hospitals know themselves.
     """
 
     kind: ClassVar[str] = "study"
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     consortium: Name
+    roster_serial: RosterSerial
     study: StudyConfig
 
     @field_validator("study")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -81,11 +81,13 @@ class Exchange:
         replies: well-formed replies by site.
         node_of: node id of each site that replied.
         failures: reason by site (or ``node <id>``) for everything else, sites that kept silent included.
+        refused: kind of the refusal, by site that refused; each is in ``failures`` too.
     """
 
     replies: dict[str, SiteReply]
     node_of: dict[str, int]
     failures: dict[str, str]
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 def exchange(
@@ -136,6 +138,7 @@ def exchange(
     replies: dict[str, SiteReply] = {}
     node_of: dict[str, int] = {}
     failures: dict[str, str] = {}
+    refused: dict[str, str] = {}
     for message in grid.send_and_receive(messages, timeout=deadline_s):
         node_id = message.metadata.src_node_id
         where = nodes.get(node_id) or f"node {node_id}"
@@ -148,6 +151,7 @@ def exchange(
         if answer.reply.refusal is not None:
             refusal = answer.reply.refusal
             failures[answer.reply.site] = f"{refusal.kind}: {refusal.reason}"
+            refused[answer.reply.site] = refusal.kind
         elif answer.reply.site in replies:
             failures[where] = f"a second reply for site {answer.reply.site!r}"
         else:
@@ -156,7 +160,7 @@ def exchange(
     for site in nodes.values():
         if site is not None and site not in replies and site not in failures:
             failures[site] = f"no reply within {deadline_s:g} s"
-    return Exchange(replies, node_of, failures)
+    return Exchange(replies, node_of, failures, refused)
 
 
 def _read(

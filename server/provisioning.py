@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medfed.consortium_documents import EnrolmentRequest, Member, Roster, StartupKit
 from medfed.durable_file import make_private_folder, replace_durably
-from medfed.errors import ConsortiumError
+from medfed.errors import ConsortiumError, DocumentError
 from medfed.private_file import create_private, read_private
 from medfed.signed_document import read_document, sign_document
 from medfed.signing import create_key, fingerprint, public_pem
@@ -269,7 +270,7 @@ def _take_in(folder: ConsortiumFolder, enrolments: Sequence[Path]) -> Roster:
             )
         members.append(Member(site=site, node_key=enrolled.node_key, signing_key=enrolled.signing_key))
     try:
-        roster = Roster(consortium=folder.config.name, members=tuple(members))
+        roster = Roster(consortium=folder.config.name, serial=_serial(folder, tuple(members)), members=tuple(members))
     except ValidationError as error:
         said = str(error.errors(include_url=False)[0]["msg"]).removeprefix("Value error, ")
         raise ConsortiumError(f"Expected keys of its own for each site, got: {said}; ask the hospitals.") from None
@@ -277,6 +278,16 @@ def _take_in(folder: ConsortiumFolder, enrolments: Sequence[Path]) -> Roster:
         _replace_if_other(folder.enrolment(site), data)
     _replace_if_other(folder.roster_file, sign_document(roster, folder.coordinator_key()))
     return roster
+
+
+def _serial(folder: ConsortiumFolder, members: tuple[Member, ...]) -> int:
+    """Serial of the roster with these members: the old one's if they are the same, and a later one if not."""
+    now = int(time.time())
+    try:
+        before = folder.roster()
+    except DocumentError:  # there is none yet, or it cannot be read: the clock is later than any that was
+        return now
+    return before.serial if before.members == members else max(before.serial + 1, now)
 
 
 def _left(folder: ConsortiumFolder) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from medfed.metrics.mergeable import CountLayout
 from medfed.payload import decode_adapter, encode_adapter
 from medfed.study import ALL_SITES, StudyConfig
 from medfed.tasks import task_of
+from server.asked_sums import ASKED_SUMS
 from server.checkpoint import Checkpoint, metrics_line, read_checkpoint, write_checkpoint, write_metrics
 from server.exchange import Exchange, ModelPayload, exchange
 from server.secure_sums import SecureSums, SummedRound
@@ -79,7 +80,7 @@ def run_rounds(
     """
     tracker = tracker_of(study, folder)
     try:
-        return _run_rounds(_Loop(grid, study, federation), study, federation, initial_P, folder, tracker)
+        return _run_rounds(_Loop(grid, study, federation, folder), study, federation, initial_P, folder, tracker)
     finally:
         if tracker is not None:
             tracker.close()
@@ -114,9 +115,9 @@ def _run_rounds(
 
 
 class _Loop:
-    """One run's transport, study and federation, so that the steps need not pass them along."""
+    """One run's transport, study, federation and folder, so that the steps need not pass them along."""
 
-    def __init__(self, grid: Grid, study: StudyConfig, federation: Federation) -> None:
+    def __init__(self, grid: Grid, study: StudyConfig, federation: Federation, folder: Path) -> None:
         self._grid = grid
         self._study = study
         self._federation = federation
@@ -128,7 +129,11 @@ class _Loop:
         self._lost_round: int | None = None
         self._secure_sums: SecureSums | None = None
         if study.sums_securely_in(federation.scope):
-            self._secure_sums = SecureSums(study, federation.scope, self._ask_sites, quorum=federation.quorum)
+            # Sites that are known by their keys are real ones, and store what they answer.
+            asked_sums = folder / ASKED_SUMS if federation.node_of else None
+            self._secure_sums = SecureSums(
+                study, federation.scope, self._ask_sites, quorum=federation.quorum, asked_sums=asked_sums
+            )
 
     def find_sites(self) -> dict[str, float]:
         """Ask who is there; learn the nodes of the federation's sites and their public weights.

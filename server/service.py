@@ -7,6 +7,7 @@ import logging
 import threading
 from pathlib import Path
 
+from medfed.consortium_documents import Roster
 from medfed.errors import ConsortiumError, DocumentError, LinkError, SiteError
 from medfed.private_file import read_private
 from medfed.process_log import log_to_stderr
@@ -76,19 +77,39 @@ def _keep_registered(folder: ConsortiumFolder) -> None:
     server = folder.config.server
     host = server.host if _is_loopback(server.host) else "127.0.0.1"
     superlink, seen, told = superlink_of(folder, f"{host}:{server.port}"), b"", ""
+    newest = 0
     pause = threading.Event()
     while True:
         try:
             if folder.roster_file.exists() and (data := folder.roster_file.read_bytes()) != seen:
-                keys = {member.site: member.public_node_key for member in folder.roster().members}
+                roster = newer_roster(folder.roster(), newest)
+                keys = {member.site: member.public_node_key for member in roster.members}
                 register_sites(superlink, keys, and_no_others=True)
-                seen = data
+                seen, newest = data, roster.serial
                 _log.info("event=roster sites=%s", ",".join(keys))
         except (ConsortiumError, DocumentError, LinkError, SiteError, OSError) as error:
             if str(error) != told:
                 told = str(error)
                 _log.warning("event=not_registered why=%s", told)
         pause.wait(_LOOK_EVERY_S)
+
+
+def newer_roster(roster: Roster, newest: int) -> Roster:
+    """The roster, if this process has registered none that is newer.
+
+    Args:
+        roster: as the coordinator signed it.
+        newest: serial of the newest that was registered; 0 for none.
+
+    Raises:
+        ConsortiumError: if it has: an old file was put back, and with it sites that have left or their old keys.
+    """
+    if roster.serial < newest:
+        raise ConsortiumError(
+            f"Expected roster {newest} or a newer one, got roster {roster.serial}: an old file was put back; remove it "
+            "and run 'medfed provision' again."
+        )
+    return roster
 
 
 def _is_loopback(host: str) -> bool:

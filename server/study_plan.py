@@ -16,7 +16,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from medfed.consortium import Quorum
-from medfed.errors import PrivacyError, SecureAggregationError
+from medfed.errors import PrivacyError, SecureAggregationError, StudyError
+from medfed.messages import MAX_MESSAGE_BYTES
 from medfed.study import StudyConfig
 from medfed.study_sections import PrivacyConfig
 from privacy.plan import PrivacyPlan, calibrated
@@ -28,6 +29,9 @@ CONSORTIUM_ROUNDS = 50
 
 CONSORTIUM_EPSILON = 2.0
 """Epsilon up to which sharing noise pays, whatever the number of rounds."""
+
+_ENVELOPE_BYTES = 2**16
+"""Around what a study says: headers, names, and Flower's own fields."""
 
 FEW_HONEST = 2
 """Honest sites in a sum at which a site is warned: each of two knows the other's part."""
@@ -141,7 +145,7 @@ def plan_study(study: StudyConfig, *, possible_rounds: int | None = None) -> Stu
         possible_rounds: synchronous rounds that the sites could do; the study's own number if None.
 
     Raises:
-        StudyError: if the study is not resolved, or names an unknown strategy.
+        StudyError: if the study is not resolved, names an unknown strategy, or needs larger messages than there are.
         PrivacyError: if its privacy cannot be kept: as :meth:`privacy.plan.PrivacyPlan.of`, and if delta is too large
             for a site's declared units.
     """
@@ -172,7 +176,7 @@ def plan_study(study: StudyConfig, *, possible_rounds: int | None = None) -> Stu
         delta=privacy.delta if privacy is not None and modes else None,
         quorum=None if quorum is None else _shown(quorum),
         modes=modes,
-        traffic=traffic_of(study),
+        traffic=_traffic(study),
         recommended=recommended,
         reason=reason,
         warnings=warnings,
@@ -264,6 +268,18 @@ def _recommendation(epsilon: float, rounds: int) -> tuple[Shared, str]:
         f"{rounds} synchronous rounds are fewer than {CONSORTIUM_ROUNDS} and epsilon {epsilon:.3g} is above "
         f"{CONSORTIUM_EPSILON:g}: several local steps a round do more than less noise"
     )
+
+
+def _traffic(study: StudyConfig) -> Traffic:
+    """Bytes of the study, if every message of it is one that a site reads."""
+    traffic = traffic_of(study)
+    largest = max(traffic.round_up, traffic.round_down, traffic.keys_up, traffic.keys_down)
+    if largest > MAX_MESSAGE_BYTES - _ENVELOPE_BYTES:
+        raise StudyError(
+            f"Expected messages of at most {MAX_MESSAGE_BYTES} bytes, got a study that needs {largest}; choose "
+            "a smaller rank, or fewer targets of the adapter."
+        )
+    return traffic
 
 
 def _warnings(study: StudyConfig, quorum: Quorum | None) -> tuple[str, ...]:

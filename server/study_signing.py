@@ -40,7 +40,7 @@ class StudyToApprove:
 def sign_study(study: StudyConfig, folder: ConsortiumFolder) -> StudyToApprove:
     """Resolve a study against the real backbone, fix its noise, fill in the sites' keys, and sign it.
 
-    The same study gives the same file.
+    The same study gives the same file, as long as the roster is the same.
 
     Args:
         study: for real hospitals: without a cohort and without data.
@@ -64,7 +64,7 @@ def sign_study(study: StudyConfig, folder: ConsortiumFolder) -> StudyToApprove:
     plan = plan_study(resolved)
     if resolved.sums_securely:
         SecureAggregationPlan.of_study(resolved, FEDERATED)
-    signed = SignedStudy(consortium=folder.config.name, study=resolved)
+    signed = SignedStudy(consortium=folder.config.name, roster_serial=folder.roster().serial, study=resolved)
     make_private_folder(folder.studies)
     path = folder.studies / f"{resolved.name}-{resolved.digest[:_DIGITS]}{SUFFIX}"
     replace_durably(path, sign_document(signed, folder.coordinator_key()), mode=0o644)

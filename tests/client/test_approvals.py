@@ -68,7 +68,7 @@ def test_every_byte_of_a_signed_study_counts(made, signed: StudyToApprove) -> No
 
 def test_study_of_another_coordinator_or_consortium_is_not_shown(made, make_consortium, signed: StudyToApprove) -> None:
     other = make_consortium("west", name="others").coordinator
-    body = SignedStudy(consortium="brains", study=signed.study)
+    body = SignedStudy(consortium="brains", roster_serial=1, study=signed.study)
     signed.path.write_bytes(sign_document(body, other.coordinator_key()))
     with pytest.raises(SystemExit) as ended:
         approve(made, signed, "--yes")
@@ -78,7 +78,7 @@ def test_study_of_another_coordinator_or_consortium_is_not_shown(made, make_cons
         study_in_words(body.model_copy(update={"consortium": "others"}), folder)
     elsewhere = signed.study.replace(sites=[site for site in signed.study.sites if site.name == "south"])
     with pytest.raises(ConsortiumError, match="not for this hospital"):
-        study_in_words(SignedStudy(consortium="brains", study=elsewhere), folder)
+        study_in_words(SignedStudy(consortium="brains", roster_serial=1, study=elsewhere), folder)
 
 
 def test_sites_that_have_not_enrolled_and_simulated_studies_are_not_signed(
@@ -112,7 +112,7 @@ def test_secure_study_carries_the_keys_of_the_roster_and_no_others(
     swapped = [site.model_copy(update={"signing_key": keys[other]}) for site, other in
                zip(signed.study.sites, reversed(signed.study.site_names), strict=True)]  # fmt: skip
     with pytest.raises(ConsortiumError, match="Expected this site's own key"):
-        study_in_words(SignedStudy(consortium="brains", study=signed.study.replace(sites=swapped)), made.sites["north"])
+        study_in_words(body.model_copy(update={"study": signed.study.replace(sites=swapped)}), made.sites["north"])
 
 
 def test_approval_and_withdrawal_count_from_the_next_request_on(made, signed: StudyToApprove) -> None:
@@ -282,3 +282,17 @@ def test_screen_names_every_tensor_that_leaves(
     ):
         assert said in shown
     assert all(group.name in shown for group in upload.tensors)
+
+
+def test_screen_breaks_no_digest_and_no_name_of_a_tensor_at_eighty_columns(
+    made, signed: StudyToApprove, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    words = study_in_words(made.coordinator.signed_study(signed.path), made.sites["north"])
+    approve(made, signed, "--yes")
+    shown = capsys.readouterr().out
+    for whole in (words.digest, words.coordinator, words.backbone_sha256):
+        assert whole in shown
+    for group in words.uploads[0].tensors:
+        for part in group.name.split("."):
+            assert part in shown

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from rich.console import Console
 
 from client.audit_log import AuditLog, Departure, head_path, read_audit_log
+from client.audit_log_command import _table
 from medfed.canonical import canonical_bytes
 from medfed.errors import AuditLogError
 
@@ -129,3 +132,24 @@ def test_a_head_that_is_gone_damaged_or_of_another_key_is_refused(log: Path) -> 
 
 def _no_space(_: int) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_table_of_the_log_fits_eighty_columns_and_its_head_is_one_line(log: Path) -> None:
+    opened = AuditLog(log.parent, KEY)
+    plain = departure(6).model_dump()
+    for said in (
+        {"action": "query.secure_advertise", "payload_bytes": 12_345_678},
+        {"outcome": "refusal", "kind": "SecureAggregationError", "again": True},
+        {"epsilon_after": 1234.5678, "round": 10_000},
+    ):
+        opened.append(Departure.model_validate({**plain, **said}))
+    console = Console(width=80, file=io.StringIO())
+    console.print(_table(read_audit_log(log, KEY.public_key())))
+    assert isinstance(console.file, io.StringIO)
+    head, _, *lines = console.file.getvalue().splitlines()
+    assert head.split() == ["UTC", "study", "asked", "for", "round", "bytes", "SHA-256", "epsilon", "outcome"]
+    assert lines[0].split() == ["26-01-01", "00:00:00", "abababab", "train", "1", "10", "00000000", "reply"]
+    shown = "\n".join(lines)
+    for whole in ("advertise", "12,345,678", "1234.568", "10000"):
+        assert whole in shown
+    assert "SecureAggregationError,again" in "".join("".join(line[-9:] for line in lines).split())

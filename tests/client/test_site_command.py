@@ -186,6 +186,11 @@ def test_folder_shows_each_ledger_and_whichever_is_not_whole(ledgers: Path, run:
     assert "south.sqlite: Expected" not in shown
 
 
+def test_ledger_of_a_site_is_found_in_its_folder(ledgers: Path, run: Run, tmp_path: Path) -> None:
+    shutil.copytree(ledgers, tmp_path / "site" / "state")
+    assert "chain of 9 entries verified" in run(tmp_path / "site")
+
+
 def test_public_key_kept_elsewhere_is_the_one_that_counts(ledgers: Path, run: Run, tmp_path: Path) -> None:
     kept, other = tmp_path / "kept.pub", tmp_path / "other.pub"
     kept.write_bytes(public_pem(KEY.public_key()))

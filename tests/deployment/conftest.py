@@ -55,16 +55,22 @@ def wait_until(happened: Callable[[], Any], *, seconds: float = 60.0, every: flo
 
 
 class Process:
-    """``medfed ...`` in a process of its own, with what it says in a file."""
+    """``medfed ...`` in a process of its own, with what it says in a file; ``inside`` a command that becomes it."""
 
-    def __init__(self, log: Path, *arguments: object, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *arguments: object,
+        environment: dict[str, str] | None = None,
+        inside: tuple[str, ...] = (),
+    ) -> None:
         self.log = log
         clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
         clean |= {"MEDFED_SITE": "", "PYTHONUNBUFFERED": "1", **(environment or {})}
         with log.open("ab") as file:
             self._from = file.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "medfed", *map(str, arguments)],
+                [*inside, sys.executable, "-P", "-m", "medfed", *map(str, arguments)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=clean,
@@ -123,9 +129,9 @@ class Process:
 class ConnectProxy:
     """An HTTP CONNECT proxy that a test can cut, that can flip bits, and that can lead elsewhere."""
 
-    def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        self._listener = socket.create_server((address, 0))
+        self.address, self.port = self._listener.getsockname()
         self.is_cut = False
         self.flips = 0
         self.leads_to: int | None = None
@@ -136,7 +142,7 @@ class ConnectProxy:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"HTTPS_PROXY": f"http://127.0.0.1:{self.port}"}
+        return {"HTTPS_PROXY": f"http://{self.address}:{self.port}"}
 
     def cut(self) -> None:
         self.is_cut = True
@@ -226,10 +232,11 @@ class Deployment:
         self.superlink = Process(self.root / "superlink.log", "server", "start", self.coordinator.root)
         return self.superlink
 
-    def start_site(self, site: str, environment: dict[str, str] | None = None) -> Process:
+    def start_site(self, site: str, environment: dict[str, str] | None = None, inside: tuple[str, ...] = ()) -> Process:
         """North is behind a proxy, and has no other way."""
         given = {**(self.proxy.environment if site == "north" else {}), **(environment or {})}
-        process = Process(self.root / f"{site}.log", "site", "start", self.folders[site].root, environment=given)
+        log, root = self.root / f"{site}.log", self.folders[site].root
+        process = Process(log, "site", "start", root, environment=given, inside=inside)
         self.sites[site] = process
         return process
 
@@ -402,6 +409,20 @@ def write_cohort(folder: Path, site: str, *, train: int, test: int = 2) -> Path:
 def _until() -> Callable[..., Any]:
     """:func:`wait_until`, which tests cannot import."""
     return wait_until
+
+
+@pytest.fixture
+def proxy_at() -> Iterator[Callable[[str], ConnectProxy]]:
+    """Makes a proxy that listens at an address, and closes it."""
+    made: list[ConnectProxy] = []
+
+    def make(address: str) -> ConnectProxy:
+        made.append(ConnectProxy(address))
+        return made[-1]
+
+    yield make
+    for proxy in made:
+        proxy.close()
 
 
 @pytest.fixture(scope="session")

@@ -132,3 +132,51 @@ def test_site_killed_after_its_masked_upload_is_in_the_sum_all_the_same(deployme
     assert run.finishes() == calm
     line = next(line for line in run.lines("train") if line["round"] == 1)
     assert line["num_sites"] == 3
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_private_superlink_killed_in_a_round_is_charged_once_for_each_round(deployment, until: Callable) -> None:
+    run = deployment.begin(deployment.sign_private("private-superlink-killed"))
+    until(lambda: deployment.in_work("few") == "train 2", what="round 2")
+    deployment.superlink.kill()
+    deployment.start_superlink()
+    run.finishes()
+    for site in deployment.sites:
+        charges = deployment.charges(site, "private-superlink-killed")
+        assert [(one.round, one.outcome) for one in charges] == [(1, "sent"), (2, "sent"), (3, "sent")], site
+    assert {status.epsilon for status in run.status.sites.values()} == {run.status.epsilon_planned}
+
+
+@pytest.mark.usefixtures("undisturbed")  # all sites are warm
+def test_server_killed_in_a_round_with_shared_noise_asks_the_same_again_and_nobody_is_charged_twice(
+    deployment, until: Callable
+) -> None:
+    name, few = "shared-server-killed", deployment.sites["few"]
+    run = deployment.begin(
+        deployment.sign_private(
+            name,
+            privacy={
+                "trust": "consortium", "unit": "patient", "noise_multiplier": 1.0, "delta": 0.01, "clip_norm": 1.0,
+                "sampling_rate": 0.5, "steps_per_round": 1, "images_per_patient": 2, "evaluation": "exact",
+            },
+            secure_aggregation={"enabled": True, "max_colluding": 1},
+            training={"batch_size": 2, "learning_rate": 0.01, "optimizer": "sgd"},
+        )
+    )  # fmt: skip
+    until(lambda: deployment.in_work("few").startswith("train"), what="a round")
+    few.freeze()
+    number = int(deployment.in_work("few").split()[1])
+    sent = lambda site: (number, "sent") in [(one.round, one.outcome) for one in deployment.charges(site, name)]  # noqa: E731
+    for site in ("north", "east"):  # their vectors have left, and wait for the third
+        until(lambda site=site: deployment.folders[site].ledger.exists() and sent(site), what="a vector", every=0.05)
+    run.kill()
+    few.thaw()
+    resumed = run.resumed()
+    resumed.finishes()
+    assert f"event=asked_again round={number} named=False" in resumed.said
+    assert "event=asked_anew" not in resumed.said
+    for site in deployment.sites:
+        charges = deployment.charges(site, name)
+        assert [(one.round, one.outcome) for one in charges] == [(1, "sent"), (2, "sent"), (3, "sent")], site
+    assert {line["num_sites"] for line in resumed.lines("train")} == {3}
+    assert {status.epsilon for status in resumed.status.sites.values()} == {resumed.status.epsilon_planned}

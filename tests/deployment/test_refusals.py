@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from client.approvals import remove_approval
+from medfed.models.weights import LITE_MEDSAM, locate
 from medfed.signing import read_key
 from privacy.ledger import PrivacyLedger
 from privacy.ledger_entry import Cap, Charge
@@ -154,3 +155,30 @@ def test_code_in_a_run_is_executed_by_no_site(deployment, tmp_path: Path, monkey
     assert [reply.error.reason for reply in replies] == ["RuntimeError"] * 3  # answered by the installed app
     assert not trap.exists()
     assert not list(deployment.root.rglob("*.fab"))
+
+
+@pytest.mark.weights
+def test_site_with_another_weights_file_is_refused_there_and_the_others_go_on(deployment, tmp_path: Path) -> None:
+    tampered = tmp_path / LITE_MEDSAM.package / LITE_MEDSAM.resource
+    tampered.parent.mkdir(parents=True)
+    (tmp_path / LITE_MEDSAM.package / "__init__.py").touch()
+    weights = bytearray(locate(LITE_MEDSAM).read_bytes())
+    weights[len(weights) // 2] ^= 1
+    tampered.write_bytes(weights)
+    deployment.sites["east"].stop()
+    east = deployment.start_site("east", {"PYTHONPATH": str(tmp_path)})
+    east.says("event=connected")
+    study = deployment.sign(
+        "weights",
+        backbone={"name": "lite-medsam", "sha256": LITE_MEDSAM.sha256},
+        training={"local_epochs": 1, "batch_size": 2, "learning_rate": 0.01},
+        rounds={"num_rounds": 1, "quorum": 2, "deadline_s": 120},
+    )
+    run = deployment.begin(study)
+    run.finishes()
+    east.stop()
+    assert run.trained() == {1: ["north", "few"]}
+    refused = "WeightsError: the site does not hold the backbone weights that the study names"
+    assert run.status.sites["east"].last_refusal == refused
+    assert "event=refused round=0 kind=WeightsError" in east.said
+    assert "Traceback" not in east.said

@@ -1,7 +1,7 @@
 """Messages of a hostile server at a site, and of a hostile site at the server: a refusal at most, and no text of theirs."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,18 +15,19 @@ from flwr.app.message.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.message_pb2 import Message as Proto
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from hostile import examples, given, hostile, only, unchanged
 from hypothesis import strategies as st
 
 from client import app as client_app
+from client import bounded_answer, flower_link
 from client.audit_log import AuditLog
 from client.flower_link import Delivery, FleetLink
 from client.inbox import Inbox
 from client.worker import SiteWorker
-from medfed.errors import LinkError, MessageError
-from medfed.messages import RECORD_KEY, RoundInstruction, RoundReply, told
+from medfed.errors import LinkDownError, LinkError, MessageError
+from medfed.messages import MAX_MESSAGE_PARTS, RECORD_KEY, RoundInstruction, RoundReply, told
 from server.certificates import certificate_pem, make_authority, new_key
 from server.exchange import _read
 from server.flower_link import LinkGrid, _Arriving
@@ -270,3 +271,106 @@ def test_an_answer_that_no_superlink_gives_is_a_link_error() -> None:
         link.receive()
     assert str(caught.value).isprintable()
     link.close()
+
+
+class Endless(httpx.SyncByteStream):
+    """An answer that never ends; how much of it was read."""
+
+    read = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        while True:
+            self.read += 2**20
+            yield bytes(2**20)
+
+
+def _linked(answer: Callable[[httpx.Request], httpx.Response], monkeypatch: pytest.MonkeyPatch) -> FleetLink:
+    certificate = certificate_pem(make_authority("brains", new_key()))
+    link = FleetLink("127.0.0.1:1", certificate, generate_private_key(SECP384R1()))
+    monkeypatch.setattr(link._client._client, "_transport", httpx.MockTransport(answer))
+    monkeypatch.setattr(link._client._client, "_mounts", {})
+    return link
+
+
+def _announced(*children: str) -> bytes:
+    tree = ObjectTree(object_id="a", children=[ObjectTree(object_id=child) for child in children])
+    pulled = PullMessagesResponse(messages_list=[Proto()], message_object_trees=[tree])
+    pulled.messages_list[0].metadata.message_type = "train"
+    pulled.messages_list[0].content.SetInParent()
+    return pulled.SerializeToString()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Limits of a message and of other answers."""
+    for module in (bounded_answer, flower_link):
+        monkeypatch.setattr(module, "MAX_MESSAGE_BYTES", 3 * 2**20)
+    monkeypatch.setattr(bounded_answer, "MAX_ANSWER_BYTES", 2 * 2**20)
+    return 3 * 2**20
+
+
+@pytest.mark.parametrize("path", ["pull-messages", "pull-object"])
+def test_an_answer_without_end_is_refused_before_it_fills_the_memory(
+    path: str, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = Endless()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith(path):
+            return httpx.Response(200, stream=endless)
+        return httpx.Response(200, content=_announced())
+
+    link = _linked(answer, monkeypatch)
+    with pytest.raises(LinkDownError, match=rf"Expected an answer of at most \d+ bytes to /v1/fleet/{path}") as caught:
+        link.receive()
+    assert str(caught.value).isprintable()
+    assert endless.read <= small + 2**20
+    link.close()
+
+
+@pytest.mark.parametrize(
+    "header", [{"content-length": "99999999"}, {"content-encoding": "gzip"}, {"content-encoding": ESCAPES[:3] + "x"}]
+)
+def test_a_long_or_compressed_answer_is_refused_before_it_is_read(
+    header: dict[str, str], small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = Endless()
+    link = _linked(lambda _: httpx.Response(200, stream=endless, headers=header), monkeypatch)
+    with pytest.raises(LinkDownError) as caught:
+        link.receive()
+    assert str(caught.value).isprintable()
+    assert endless.read == 0
+    link.close()
+
+
+def test_a_message_of_too_many_or_too_large_parts_is_refused_in_one_line(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        if request.url.path.endswith("pull-object"):
+            part = PullObjectResponse(object_found=True, object_available=True, object_content=bytes(2**20))
+            return httpx.Response(200, content=part.SerializeToString())
+        return httpx.Response(200, content=_announced(*children))
+
+    link = _linked(answer, monkeypatch)
+    children = [str(number) for number in range(1, 17)]
+    with pytest.raises(LinkDownError, match="got one of 17 parts, more than 16; nothing of it is kept"):
+        link.receive()
+    assert asked == ["/v1/fleet/pull-messages"]
+    children = children[:5]
+    with pytest.raises(LinkDownError, match=f"got one of more than {small} bytes; nothing of it is kept"):
+        link.receive()
+    assert asked.count("/v1/fleet/pull-object") == 4  # the rest is not asked for
+    children = children[:2]
+    whole = link.receive()
+    assert whole is not None
+    assert sum(map(len, whole.objects.values())) == small
+    link.close()
+
+
+def test_a_message_of_ours_has_fewer_parts_than_a_site_takes() -> None:
+    assert len(PARTS) == 3
+    assert len(PARTS) < MAX_MESSAGE_PARTS

@@ -3,6 +3,7 @@
 import json
 import ssl
 import stat
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,12 +13,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from client.enrolment import init_site
+from medfed.canonical import canonical_bytes
 from medfed.cli import main
 from medfed.errors import ConsortiumError, DocumentError, SiteError
 from medfed.signing import fingerprint
-from server import certificates
+from server import certificates, provisioning
 from server.consortium_folder import open_consortium
 from server.provisioning import provision
+from server.service import newer_roster
 
 
 def files_of(root: Path) -> dict[str, tuple[bytes, int]]:
@@ -178,12 +181,58 @@ def test_flipped_byte_is_refused(make_consortium: Callable, name: str) -> None:
     folder = make_consortium("north").coordinator
     path = folder.root / name
     data = bytearray(path.read_bytes())
-    data[data.index(b'"version":1') + 3] ^= 1
+    data[data.index(b'"version":') + 3] ^= 1
     path.write_bytes(data)
     with pytest.raises(DocumentError):
         {"roster.json": folder.roster, "kits/north/startup/kit.json": lambda: folder.startup_kit("north")}.get(
             name, lambda: folder.enrolled(bytes(data), name)
         )()
+
+
+def test_serial_of_the_roster_grows_with_every_change_of_its_members_and_with_nothing_else(
+    make_consortium: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_consortium("north", "south")
+    root, folder = made.coordinator.root, made.coordinator
+    serials = [folder.roster().serial]
+    assert abs(serials[0] - time.time()) < 600
+
+    def after(*enrolments: Path, now: float) -> int:
+        monkeypatch.setattr(provisioning.time, "time", lambda: now)
+        provision(made.file, root, enrolments=enrolments)
+        return folder.roster().serial
+
+    assert after(now=serials[0] + 100) == serials[0]
+    data = made.sites["north"].settings().data
+    again = init_site(folder.kit("north"), tmp_path / "again", data=data)
+    folder.enrolment("north").unlink()
+    serials.append(after(again.enrolment_file, now=serials[-1] - 1000))  # other keys, and a clock that was set back
+    assert serials[-1] == serials[-2] + 1
+    made.file.write_text(made.file.read_text().replace('[[sites]]\nname = "south"\n', ""))
+    serials.append(after(now=serials[-1] + 50.9))  # south has left
+    assert serials[-1] == serials[-2] + 50
+    folder.roster_file.unlink()
+    assert after(now=serials[-1] + 7) == serials[-1] + 7  # lost, the next one is newer all the same
+
+
+def test_a_roster_without_a_serial_is_replaced_by_the_next_provision(make_consortium: Callable) -> None:
+    made = make_consortium("north")
+    folder = made.coordinator
+    data = json.loads(folder.roster_file.read_bytes())
+    del data["body"]["serial"]
+    folder.roster_file.write_bytes(canonical_bytes(data) + b"\n")
+    with pytest.raises(DocumentError, match="serial"):
+        folder.roster()
+    provision(made.file, folder.root)
+    assert folder.roster().member("north") is not None
+
+
+def test_a_service_that_runs_registers_no_roster_older_than_it_has_seen(make_consortium: Callable) -> None:
+    roster = make_consortium("north").coordinator.roster()
+    assert newer_roster(roster, 0) is roster
+    assert newer_roster(roster, roster.serial) is roster
+    with pytest.raises(ConsortiumError, match="an old file was put back"):
+        newer_roster(roster, roster.serial + 1)
 
 
 def test_roster_of_another_coordinator_is_refused(make_consortium: Callable) -> None:

@@ -17,6 +17,7 @@ from medfed.models.adapted import resolve
 from medfed.study import StudyConfig
 from privacy.accounting import Mechanism, calibrate_noise, epsilon_spent
 from privacy.skellam_accounting import calibrate_skellam
+from server import study_plan
 from server.study_plan import CONSORTIUM_EPSILON, CONSORTIUM_ROUNDS, Traffic, _recommendation, plan_study
 from simulation.grid import InProcessGrid
 from simulation.harness import simulate
@@ -201,6 +202,19 @@ def test_study_that_sites_would_refuse_has_no_plan(make_private_study: MakeStudy
 def test_study_that_is_not_resolved_has_no_plan(make_study: MakeStudy) -> None:
     with pytest.raises(StudyError, match="resolved"):
         plan_study(make_study())
+
+
+def test_study_whose_messages_no_site_would_read_has_no_plan(
+    make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = resolve(make_study(), CPU)
+    traffic = plan_study(study).traffic
+    largest = max(traffic.round_up, traffic.round_down)
+    monkeypatch.setattr(study_plan, "MAX_MESSAGE_BYTES", largest + study_plan._ENVELOPE_BYTES)
+    plan_study(study)
+    monkeypatch.setattr(study_plan, "MAX_MESSAGE_BYTES", largest + study_plan._ENVELOPE_BYTES - 1)
+    with pytest.raises(StudyError, match=f"got a study that needs {largest}; choose a smaller rank"):
+        plan_study(study)
 
 
 def test_noise_too_coarse_for_the_ring_has_no_plan(make_secure_study: MakeStudy) -> None:
