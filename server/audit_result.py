@@ -75,26 +75,46 @@ class Hits(_Frozen):
 
 
 class Membership(_Frozen):
-    """Membership inference on the released adapter.
+    """Membership inference on an adapter, or on several of the same patients.
 
     Attributes:
         attack: ``loss``: a low loss means a member. ``calibrated``: a loss that fell more than others since before
-            training does.
-        num_members: training patients of all sites.
-        num_others: held-out patients of all sites.
+            training does. ``likelihood-ratio``: a loss that is rather that of adapters which had the patient.
+        num_members: patients who trained it; of several adapters, all pairs of one and a patient who did.
+        num_others: patients who did not, likewise.
         auroc: area under the ROC curve; 0.5 is guessing.
-        low: lower end of its interval, 95 %, bootstrap over patients.
+        low: lower end of its interval, 95 %, bootstrap over patients, and over adapters if there are several.
         high: its upper end.
         hits: at small false-alarm rates.
     """
 
-    attack: Literal["loss", "calibrated"]
+    attack: Literal["loss", "calibrated", "likelihood-ratio"]
     num_members: Annotated[int, Field(ge=1)]
     num_others: Annotated[int, Field(ge=1)]
     auroc: _Share
     low: _Share
     high: _Share
     hits: tuple[Hits, ...]
+
+
+class ShadowAttack(_Frozen):
+    """Membership inference by shadow adapters (LiRA).
+
+    Attributes:
+        num_shadows: adapters that were trained for the attack.
+        num_patients: of the audited site, half of whom trained each.
+        num_newcomers: how many of them were made for the attack, and are in nobody's cohort.
+        num_trained: patients of each shadow.
+        released: on the adapter of the run: the site's training patients against the others.
+        alone: on each shadow, by means of the others: adapters of the site alone, with nobody to average with.
+    """
+
+    num_shadows: Annotated[int, Field(ge=1)]
+    num_patients: Annotated[int, Field(ge=1)]
+    num_newcomers: Annotated[int, Field(ge=0)]
+    num_trained: Annotated[int, Field(ge=1)]
+    released: tuple[Membership, ...]
+    alone: tuple[Membership, ...]
 
 
 class Inversion(_Frozen):
@@ -127,6 +147,7 @@ class AuditResult(_Frozen):
         confidence: with which all bounds hold together.
         bounds: lower bounds.
         membership: inference on the released adapter; empty if it was not tried.
+        shadows: inference by shadow adapters; None if none were trained.
         inversion: of one update; empty if it was not tried.
         notes: what a reader must know beside the numbers.
         wall_s: how long it took.
@@ -144,6 +165,7 @@ class AuditResult(_Frozen):
     confidence: _Share
     bounds: tuple[AuditBound, ...]
     membership: tuple[Membership, ...]
+    shadows: ShadowAttack | None = None
     inversion: tuple[Inversion, ...]
     notes: tuple[str, ...]
     wall_s: float

@@ -92,7 +92,7 @@ def test_patient_whom_every_shadow_had_says_nothing() -> None:
 
 
 def test_level_of_all_patients_does_not_matter() -> None:
-    shadow, included = game(shadows=16, patients=50, shift=1.0, seed=4)
+    shadow, _ = game(shadows=16, patients=50, shift=1.0, seed=4)
     scores = shadow[0]
     plain, moved = (at_the_shadows_level(scores + move, shadow[1:]) for move in (0.0, 7.5))
     np.testing.assert_allclose(plain, moved)
