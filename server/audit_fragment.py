@@ -16,6 +16,8 @@ FIGURES = {
     "audit-bounds.svg": "Lower bounds on epsilon (dots) beside what is claimed at the same delta (bars).",
     "audit-inversion.svg": "One training image, and what an attacker makes of an update of a first layer that was "
     "computed from it alone; see the notes.",
+    "audit-adapter-inversion.svg": "The same image, and where searches for it behind an update of the study's own "
+    "adapter ended; liker than the mean of the others would be something found.",
 }
 """Files in the run's ``figures`` folder, with captions."""
 
@@ -39,22 +41,49 @@ _TEMPLATE = """<section id="audit">
 {% endfor %}
 </tbody></table></div>
 {% endif %}
-{% if audit.membership %}
+{% macro members(attacks, caption) %}
 <div class="wide"><table>
-<caption>Who was in the training, told from the released adapter:
-{{ audit.membership[0].num_members }} training and {{ audit.membership[0].num_others }} held-out patients of all sites;
-95 % intervals. An area of 0.5 is guessing.</caption>
+<caption>{{ caption }}; 95 % intervals. An area of 0.5 is guessing.</caption>
 <thead><tr><th scope="col">membership inference</th><th scope="col" class="number">area under ROC</th>
-{% for hit in audit.membership[0].hits %}
+{% for hit in attacks[0].hits %}
 <th scope="col" class="number">found at {{ "%g" | format(100 * hit.false_alarm_rate) }} % false alarms</th>
 {% endfor %}</tr></thead>
 <tbody>
-{% for one in audit.membership %}
+{% for one in attacks %}
 <tr><th scope="row">{{ membership[one.attack] }}</th>
 <td class="number">{{ "%.2f (%.2f to %.2f)" | format(one.auroc, one.low, one.high) }}</td>
 {% for hit in one.hits %}
 <td class="number">{{ "%.1f %% (%.1f to %.1f)" | format(100 * hit.share, 100 * hit.low, 100 * hit.high) }}</td>
 {% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endmacro %}
+{% if audit.membership %}
+{{ members(audit.membership, "Who was in the training, told from the released adapter: %d training and %d held-out"
+" patients of all sites" | format(audit.membership[0].num_members, audit.membership[0].num_others)) }}
+{% endif %}
+{% if audit.shadows %}
+{{ members(audit.shadows.released, "The same at site %s, with %d shadow adapters: %d training and %d other patients"
+| format(audit.site, audit.shadows.num_shadows, audit.shadows.released[0].num_members,
+audit.shadows.released[0].num_others)) }}
+{{ members(audit.shadows.alone, "Shadow adapters attacked by each other: site %s alone, each trained on %d of %d"
+" patients" | format(audit.site, audit.shadows.num_trained, audit.shadows.num_patients)) }}
+{% endif %}
+{% if audit.adapter_inversion %}
+<div class="wide"><table>
+<caption>An image searched behind one update of the study's own adapter, {{ audit.adapter_inversion.steps }} steps. The
+mean of the other images, which says nothing of this patient, has SSIM
+{{ "%.2f" | format(audit.adapter_inversion.mean_ssim) }} and PSNR
+{{ "%.1f" | format(audit.adapter_inversion.mean_psnr_db) }} dB.</caption>
+<thead><tr><th scope="col">update</th><th scope="col">search from</th><th scope="col" class="number">match</th>
+<th scope="col" class="number">PSNR, dB</th><th scope="col" class="number">SSIM</th>
+<th scope="col" class="number">original is the likest</th></tr></thead>
+<tbody>
+{% for one in audit.adapter_inversion.searches %}
+<tr><th scope="row">{{ "no protection" if one.protection == "off" else one.protection }}</th><td>{{ one.start }}</td>
+<td class="number">{{ "%.2f" | format(one.cosine) }}</td><td class="number">{{ "%.1f" | format(one.psnr_db) }}</td>
+<td class="number">{{ "%.2f" | format(one.ssim) }}</td>
+<td class="number">{{ one.rank }}. of {{ audit.adapter_inversion.num_images }}</td></tr>
 {% endfor %}
 </tbody></table></div>
 {% endif %}
@@ -65,7 +94,11 @@ _TEMPLATE = """<section id="audit">
 </section>
 """
 
-MEMBERSHIP = {"loss": "low loss", "calibrated": "loss that fell since before training"}
+MEMBERSHIP = {
+    "loss": "low loss",
+    "calibrated": "loss that fell since before training",
+    "likelihood-ratio": "likelihood ratio, by shadows",
+}
 """Each membership attack in words."""
 
 
@@ -83,7 +116,10 @@ def audit_fragment(folder: Path) -> str:
         return ""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE).render(
-        audit=audit, attacks=ATTACKS, membership=MEMBERSHIP, figures=list(_figures(folder / "figures"))
+        audit=audit,
+        attacks=ATTACKS,
+        membership=MEMBERSHIP,
+        figures=list(_figures(folder / "figures")),
     )
 
 

@@ -13,6 +13,8 @@ AUDIT = "audit.json"
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 
+Protection = Literal["off", "clipped", "clipped and noised", "masked"]
+
 Attack = Literal["likelihood", "repeats", "replay", "one-run-gradients", "one-run-images"]
 
 ATTACKS: dict[Attack, str] = {
@@ -126,9 +128,52 @@ class Inversion(_Frozen):
         ssim: structural similarity; 1 is equal.
     """
 
-    protection: Literal["off", "clipped", "clipped and noised", "masked"]
+    protection: Protection
     psnr_db: float
     ssim: float
+
+
+class Search(_Frozen):
+    """Where a search for the image behind an update of the study's own adapter ended.
+
+    Attributes:
+        protection: of the update.
+        start: what the search began with.
+        cosine: of the found image's gradient and the update; 1 is a perfect match.
+        psnr_db: peak signal-to-noise ratio beside the original.
+        ssim: structural similarity; 1 is equal.
+        rank: place of the original among the site's training images, by how like the found image they are (SSIM);
+            1 is the likest.
+    """
+
+    protection: Protection
+    start: Literal["noise", "mean image"]
+    cosine: Annotated[float, Field(ge=-1.000001, le=1.000001)]
+    psnr_db: float
+    ssim: float
+    rank: Annotated[int, Field(ge=1)]
+
+
+class AdapterInversion(_Frozen):
+    """Gradient inversion of the study's own adapter, through its frozen backbone.
+
+    Attributes:
+        steps: of each search.
+        num_values: numbers of the update.
+        num_pixels: numbers of the image that is searched.
+        num_images: training images of the site, one of which is the original.
+        mean_psnr_db: of the mean of all the others, which says nothing of the original.
+        mean_ssim: likewise.
+        searches: one or more of each protection.
+    """
+
+    steps: Annotated[int, Field(ge=1)]
+    num_values: Annotated[int, Field(ge=1)]
+    num_pixels: Annotated[int, Field(ge=1)]
+    num_images: Annotated[int, Field(ge=2)]
+    mean_psnr_db: float
+    mean_ssim: float
+    searches: tuple[Search, ...]
 
 
 class AuditResult(_Frozen):
@@ -148,7 +193,8 @@ class AuditResult(_Frozen):
         bounds: lower bounds.
         membership: inference on the released adapter; empty if it was not tried.
         shadows: inference by shadow adapters; None if none were trained.
-        inversion: of one update; empty if it was not tried.
+        inversion: of one update of a first layer; empty if it was not tried.
+        adapter_inversion: of one update of the study's adapter; None if it was not tried.
         notes: what a reader must know beside the numbers.
         wall_s: how long it took.
     """
@@ -167,6 +213,7 @@ class AuditResult(_Frozen):
     membership: tuple[Membership, ...]
     shadows: ShadowAttack | None = None
     inversion: tuple[Inversion, ...]
+    adapter_inversion: AdapterInversion | None = None
     notes: tuple[str, ...]
     wall_s: float
 

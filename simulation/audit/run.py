@@ -27,8 +27,9 @@ from privacy.plan import PrivacyPlan
 from privacy.randomness import RandomStream
 from server.audit_result import AUDIT, AuditBound, AuditResult, Membership, ShadowAttack
 from server.checkpoint import read_checkpoint, write_durably
+from simulation.audit.adapter_inversion import NUM_SEARCHES, Pictures, Victim, invert_adapter
 from simulation.audit.blackbox import Training, mislabelled, score_images
-from simulation.audit.figures import draw_bounds, draw_inversion
+from simulation.audit.figures import draw_adapter_inversion, draw_bounds, draw_inversion
 from simulation.audit.findings import Finding, game_findings, one_run_finding
 from simulation.audit.inversion import invert
 from simulation.audit.membership import losses_by_patient, membership
@@ -58,6 +59,7 @@ class Effort:
         runs: short runs with and without a canary; >= 20.
         canaries: mislabelled images of one run; >= 10.
         shadows: adapters that are trained for the likelihood-ratio attack; 0 for none, else >= 8.
+        inversion_steps: of each search for an image behind an update of the adapter; 0 for none.
 
     Raises:
         StudyError: for too few shadows.
@@ -66,6 +68,7 @@ class Effort:
     runs: int = 1000
     canaries: int = 100
     shadows: int = 0
+    inversion_steps: int = 0
 
     def __post_init__(self) -> None:
         if 0 < self.shadows < FEWEST:
@@ -111,6 +114,7 @@ def audit_run(
         stream=RandomStream.from_system(),
         seed=study.seed,
     )
+    pictures = _adapter_inversion(scene, released(scene.site), effort, demonstrated, reporter)
 
     is_private = plan is not None and plan.is_private
     result = AuditResult(
@@ -128,12 +132,23 @@ def audit_run(
         membership=inferred,
         shadows=shadows,
         inversion=tuple(one.result for one in inverted),
-        notes=notes(study, plan, demonstrated, nothing_claimed=any(bound.claimed is None for bound in bounds)),
+        adapter_inversion=None if pictures is None else pictures.result,
+        notes=notes(
+            study,
+            plan,
+            demonstrated,
+            nothing_claimed=any(bound.claimed is None for bound in bounds),
+            shadows=shadows,
+            searched=None if pictures is None else pictures.result,
+        ),
         wall_s=round(time.monotonic() - started_s, 1),
     )
     figures = folder / "figures"
     write_durably(figures / "audit-bounds.svg", draw_bounds(result).encode())
     write_durably(figures / "audit-inversion.svg", draw_inversion(original_HW, inverted).encode())
+    (figures / "audit-adapter-inversion.svg").unlink(missing_ok=True)  # of an earlier audit, perhaps
+    if pictures is not None:
+        write_durably(figures / "audit-adapter-inversion.svg", draw_adapter_inversion(pictures).encode())
     write_durably(folder / AUDIT, result.model_dump_json(indent=2).encode())
     return result
 
@@ -272,6 +287,24 @@ def _shadows(scene: Scene, released: ModelState, num_shadows: int, reporter: Rep
         num_shadows=num_shadows,
         coins=RandomStream.from_system(),
         generator=np.random.default_rng(scene.study.seed),
+        done=reporter.step,
+    )
+
+
+def _adapter_inversion(
+    scene: Scene, released: ModelState, effort: Effort, shown: Demonstration, reporter: Reporter
+) -> Pictures | None:
+    if not effort.inversion_steps:
+        return None
+    victim = Victim(scene.model, task_of(scene.study.task), scene.trainable, released)
+    reporter.start("searching an image behind an update", NUM_SEARCHES * effort.inversion_steps)
+    return invert_adapter(
+        victim,
+        scene.cohort.train,
+        shown=shown,
+        steps=effort.inversion_steps,
+        stream=RandomStream.from_system(),
+        seed=scene.study.seed,
         done=reporter.step,
     )
 
