@@ -142,8 +142,8 @@ class Search(_Frozen):
         cosine: of the found image's gradient and the update; 1 is a perfect match.
         psnr_db: peak signal-to-noise ratio beside the original.
         ssim: structural similarity; 1 is equal.
-        rank: place of the original among the site's training images, by how like the found image they are (SSIM);
-            1 is the likest.
+        rank: place of the original among the site's training images, by how close they are to the found one (SSIM);
+            1 is the closest.
     """
 
     protection: Protection

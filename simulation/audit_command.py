@@ -159,7 +159,7 @@ def _searches(searched: AdapterInversion) -> Table:
     )
     table.add_column("update")
     table.add_column("search from")
-    for name in ("match", "PSNR, dB", "SSIM", "original is the likest"):
+    for name in ("match", "PSNR, dB", "SSIM", "place of the original"):
         table.add_column(name, justify="right")
     for one in searched.searches:
         table.add_row(
@@ -168,6 +168,6 @@ def _searches(searched: AdapterInversion) -> Table:
             f"{one.cosine:.2f}",
             f"{one.psnr_db:.1f}",
             f"{one.ssim:.2f}",
-            f"{one.rank}. of {searched.num_images}",
+            f"{one.rank} of {searched.num_images}",
         )
     return table

@@ -199,9 +199,9 @@ def invert_adapter(
 
 
 def _search(protection: str, start: str, cosine: float, images: list[Image], found_HW: Image) -> Search:
-    """How like the found image the first one is, and how many others are liker."""
+    """How close the found image is to the first one, and to how many others it is closer."""
     psnr_db, ssim = likeness(images[0], found_HW)
-    liker = sum(likeness(other, found_HW)[1] > ssim for other in images[1:])
+    closer = sum(likeness(other, found_HW)[1] > ssim for other in images[1:])
     return Search.model_validate(
         {
             "protection": protection,
@@ -209,6 +209,6 @@ def _search(protection: str, start: str, cosine: float, images: list[Image], fou
             "cosine": float(np.clip(cosine, -1.0, 1.0)),
             "psnr_db": psnr_db,
             "ssim": ssim,
-            "rank": 1 + liker,
+            "rank": 1 + closer,
         }
     )

@@ -8,6 +8,8 @@ from medfed.study import StudyConfig
 from privacy.plan import PrivacyPlan
 from server.audit_result import AdapterInversion, ShadowAttack
 
+_GUESS = 0.5  # area under the ROC curve
+
 
 @dataclass(frozen=True)
 class Demonstration:
@@ -93,12 +95,14 @@ def notes(
 def _of_shadows(shadows: ShadowAttack | None) -> str:
     if shadows is None:
         return "No shadow adapters were trained; --shadows 16 trains them, for the strongest attack on membership."
+    ratio = next(one for one in shadows.alone if one.attack == "likelihood-ratio")
+    told = "better than by guessing" if ratio.low > _GUESS else "no better than by guessing"
     made = f", {shadows.num_newcomers} of them made for the attack" if shadows.num_newcomers else ""
     return (
         f"{shadows.num_shadows} shadow adapters were trained as the site trains, with nobody to average with, each on "
         f"{shadows.num_trained} of {shadows.num_patients} patients{made}: a fair "
         "game, as coins said who. The released adapter is that of all sites; shadows of one site fit it less well, and "
-        "its scores are moved to their level."
+        f"its scores are moved to their level. Who trained a shadow is told {told}."
     )
 
 
@@ -107,8 +111,8 @@ def _of_search(searched: AdapterInversion | None) -> str:
         return "What can be made of an update of the study's own adapter was not tried; --inversion-steps 100 searches."
     return (
         f"The search for an image behind the adapter's own update had {searched.num_values} numbers of a step on that "
-        f"image alone, the annotation, and {searched.steps} steps to find {searched.num_pixels} pixels. It has found "
-        f"something of the patient only where it ends liker to the original than the mean of the other images, SSIM "
-        f"{searched.mean_ssim:.2f}. A search that fails proves nothing: more steps or a better idea of what images "
-        "look like may succeed."
+        f"image alone, the annotation, and {searched.steps} steps to find {searched.num_pixels} pixels. It looks at "
+        "the direction of the update, which clipping does not change. It has found something of the patient only where it "
+        f"ends closer to the original than the mean of the other images, SSIM {searched.mean_ssim:.2f}. A search that "
+        "fails proves nothing: more steps or a better idea of what images look like may succeed."
     )

@@ -72,8 +72,9 @@ def test_shadows_and_searches_are_made_if_asked_for(
     ]  # fmt: skip
     page = audit_fragment(folder)
     assert page.count("<svg") == 3
-    assert "Shadow adapters attacked by each other" in page
-    assert "behind one update of the study&#39;s own adapter" in page or "study's own adapter, 2 steps" in page
+    assert "The 8 shadow adapters of site north alone" in page
+    assert page.count('scope="rowgroup"') == 3
+    assert "study's own adapter, 2 steps" in page
 
     audit_run(folder, effort=LITTLE)
     again = read_audit(folder)
