@@ -10,12 +10,14 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from medfed.errors import CheckpointError
-from server.audit_result import ATTACKS, read_audit
+from server.audit_result import ATTACKS, AuditResult, Membership, read_audit
 
 FIGURES = {
     "audit-bounds.svg": "Lower bounds on epsilon (dots) beside what is claimed at the same delta (bars).",
     "audit-inversion.svg": "One training image, and what an attacker makes of an update of a first layer that was "
     "computed from it alone; see the notes.",
+    "audit-adapter-inversion.svg": "The same image, and where searches for it behind an update of the study's own "
+    "adapter ended. Closer to the original than the mean of the others would be something found.",
 }
 """Files in the run's ``figures`` folder, with captions."""
 
@@ -39,22 +41,47 @@ _TEMPLATE = """<section id="audit">
 {% endfor %}
 </tbody></table></div>
 {% endif %}
-{% if audit.membership %}
+{% if attacked %}
 <div class="wide"><table>
-<caption>Who was in the training, told from the released adapter:
-{{ audit.membership[0].num_members }} training and {{ audit.membership[0].num_others }} held-out patients of all sites;
-95 % intervals. An area of 0.5 is guessing.</caption>
-<thead><tr><th scope="col">membership inference</th><th scope="col" class="number">area under ROC</th>
-{% for hit in audit.membership[0].hits %}
+<caption>Who was in the training, told from an adapter, with 95 % intervals; an area of 0.5 is guessing.
+{%- if audit.shadows %} The {{ audit.shadows.num_shadows }} shadow adapters of site {{ audit.site }} alone were each
+trained on {{ audit.shadows.num_trained }} of its {{ audit.shadows.num_patients }} patients, and are attacked by each
+other.{% endif %}</caption>
+<thead><tr><th scope="col">adapter</th><th scope="col">told by</th>
+<th scope="col" class="number">area under ROC</th>
+{% for hit in attacked[0][1][0].hits %}
 <th scope="col" class="number">found at {{ "%g" | format(100 * hit.false_alarm_rate) }} % false alarms</th>
 {% endfor %}</tr></thead>
+{% for adapter, attacks in attacked %}
 <tbody>
-{% for one in audit.membership %}
-<tr><th scope="row">{{ membership[one.attack] }}</th>
+{% for one in attacks %}
+<tr>{% if loop.first %}<th scope="rowgroup" rowspan="{{ attacks | length }}">{{ adapter }}</th>{% endif %}
+<td>{{ membership[one.attack] }}</td>
 <td class="number">{{ "%.2f (%.2f to %.2f)" | format(one.auroc, one.low, one.high) }}</td>
 {% for hit in one.hits %}
 <td class="number">{{ "%.1f %% (%.1f to %.1f)" | format(100 * hit.share, 100 * hit.low, 100 * hit.high) }}</td>
 {% endfor %}</tr>
+{% endfor %}
+</tbody>
+{% endfor %}
+</table></div>
+{% endif %}
+{% if audit.adapter_inversion %}
+<div class="wide"><table>
+<caption>An image searched behind one update of the study's own adapter, {{ audit.adapter_inversion.steps }} steps. The
+mean of the other images, which says nothing of this patient, has SSIM
+{{ "%.2f" | format(audit.adapter_inversion.mean_ssim) }} and PSNR
+{{ "%.1f" | format(audit.adapter_inversion.mean_psnr_db) }} dB. Match: cosine of the found image's gradient and the
+update. Place: of the original among the site's training images, by how close they are to what was found.</caption>
+<thead><tr><th scope="col">update</th><th scope="col">search from</th><th scope="col" class="number">match</th>
+<th scope="col" class="number">PSNR, dB</th><th scope="col" class="number">SSIM</th>
+<th scope="col" class="number">place</th></tr></thead>
+<tbody>
+{% for one in audit.adapter_inversion.searches %}
+<tr><th scope="row">{{ "no protection" if one.protection == "off" else one.protection }}</th><td>{{ one.start }}</td>
+<td class="number">{{ "%.2f" | format(one.cosine) }}</td><td class="number">{{ "%.1f" | format(one.psnr_db) }}</td>
+<td class="number">{{ "%.2f" | format(one.ssim) }}</td>
+<td class="number">{{ one.rank }} of {{ audit.adapter_inversion.num_images }}</td></tr>
 {% endfor %}
 </tbody></table></div>
 {% endif %}
@@ -65,7 +92,11 @@ _TEMPLATE = """<section id="audit">
 </section>
 """
 
-MEMBERSHIP = {"loss": "low loss", "calibrated": "loss that fell since before training"}
+MEMBERSHIP = {
+    "loss": "low loss",
+    "calibrated": "loss that fell since before training",
+    "likelihood-ratio": "likelihood ratio of shadows",
+}
 """Each membership attack in words."""
 
 
@@ -83,8 +114,26 @@ def audit_fragment(folder: Path) -> str:
         return ""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE).render(
-        audit=audit, attacks=ATTACKS, membership=MEMBERSHIP, figures=list(_figures(folder / "figures"))
+        audit=audit,
+        attacks=ATTACKS,
+        membership=MEMBERSHIP,
+        attacked=_attacked(audit),
+        figures=list(_figures(folder / "figures")),
     )
+
+
+def _attacked(audit: AuditResult) -> list[tuple[str, tuple[Membership, ...]]]:
+    """What membership was inferred from, in words, with each attack."""
+    found = []
+    if audit.membership:
+        first = audit.membership[0]
+        patients = f"{first.num_members} training and {first.num_others} held-out patients of all sites"
+        found.append((f"released, {patients}", audit.membership))
+    if audit.shadows is not None:
+        first = audit.shadows.released[0]
+        patients = f"{first.num_members} training and {first.num_others} other patients of {audit.site}"
+        found += [(f"released, {patients}", audit.shadows.released), ("shadows", audit.shadows.alone)]
+    return found
 
 
 def _figures(folder: Path) -> list[tuple[str, str]]:

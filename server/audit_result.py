@@ -13,6 +13,8 @@ AUDIT = "audit.json"
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 
+Protection = Literal["off", "clipped", "clipped and noised", "masked"]
+
 Attack = Literal["likelihood", "repeats", "replay", "one-run-gradients", "one-run-images"]
 
 ATTACKS: dict[Attack, str] = {
@@ -75,26 +77,46 @@ class Hits(_Frozen):
 
 
 class Membership(_Frozen):
-    """Membership inference on the released adapter.
+    """Membership inference on an adapter, or on several of the same patients.
 
     Attributes:
         attack: ``loss``: a low loss means a member. ``calibrated``: a loss that fell more than others since before
-            training does.
-        num_members: training patients of all sites.
-        num_others: held-out patients of all sites.
+            training does. ``likelihood-ratio``: a loss that is rather that of adapters which had the patient.
+        num_members: patients who trained it; of several adapters, all pairs of one and a patient who did.
+        num_others: patients who did not, likewise.
         auroc: area under the ROC curve; 0.5 is guessing.
-        low: lower end of its interval, 95 %, bootstrap over patients.
+        low: lower end of its interval, 95 %, bootstrap over patients, and over adapters if there are several.
         high: its upper end.
         hits: at small false-alarm rates.
     """
 
-    attack: Literal["loss", "calibrated"]
+    attack: Literal["loss", "calibrated", "likelihood-ratio"]
     num_members: Annotated[int, Field(ge=1)]
     num_others: Annotated[int, Field(ge=1)]
     auroc: _Share
     low: _Share
     high: _Share
     hits: tuple[Hits, ...]
+
+
+class ShadowAttack(_Frozen):
+    """Membership inference by shadow adapters (LiRA).
+
+    Attributes:
+        num_shadows: adapters that were trained for the attack.
+        num_patients: of the audited site, half of whom trained each.
+        num_newcomers: how many of them were made for the attack, and are in nobody's cohort.
+        num_trained: patients of each shadow.
+        released: on the adapter of the run: the site's training patients against the others.
+        alone: on each shadow, by means of the others: adapters of the site alone, with nobody to average with.
+    """
+
+    num_shadows: Annotated[int, Field(ge=1)]
+    num_patients: Annotated[int, Field(ge=1)]
+    num_newcomers: Annotated[int, Field(ge=0)]
+    num_trained: Annotated[int, Field(ge=1)]
+    released: tuple[Membership, ...]
+    alone: tuple[Membership, ...]
 
 
 class Inversion(_Frozen):
@@ -106,9 +128,52 @@ class Inversion(_Frozen):
         ssim: structural similarity; 1 is equal.
     """
 
-    protection: Literal["off", "clipped", "clipped and noised", "masked"]
+    protection: Protection
     psnr_db: float
     ssim: float
+
+
+class Search(_Frozen):
+    """Where a search for the image behind an update of the study's own adapter ended.
+
+    Attributes:
+        protection: of the update.
+        start: what the search began with.
+        cosine: of the found image's gradient and the update; 1 is a perfect match.
+        psnr_db: peak signal-to-noise ratio beside the original.
+        ssim: structural similarity; 1 is equal.
+        rank: place of the original among the site's training images, by how close they are to the found one (SSIM);
+            1 is the closest.
+    """
+
+    protection: Protection
+    start: Literal["noise", "mean image"]
+    cosine: Annotated[float, Field(ge=-1.000001, le=1.000001)]
+    psnr_db: float
+    ssim: float
+    rank: Annotated[int, Field(ge=1)]
+
+
+class AdapterInversion(_Frozen):
+    """Gradient inversion of the study's own adapter, through its frozen backbone.
+
+    Attributes:
+        steps: of each search.
+        num_values: numbers of the update.
+        num_pixels: numbers of the image that is searched.
+        num_images: training images of the site, one of which is the original.
+        mean_psnr_db: of the mean of all the others, which says nothing of the original.
+        mean_ssim: likewise.
+        searches: one or more of each protection.
+    """
+
+    steps: Annotated[int, Field(ge=1)]
+    num_values: Annotated[int, Field(ge=1)]
+    num_pixels: Annotated[int, Field(ge=1)]
+    num_images: Annotated[int, Field(ge=2)]
+    mean_psnr_db: float
+    mean_ssim: float
+    searches: tuple[Search, ...]
 
 
 class AuditResult(_Frozen):
@@ -127,7 +192,9 @@ class AuditResult(_Frozen):
         confidence: with which all bounds hold together.
         bounds: lower bounds.
         membership: inference on the released adapter; empty if it was not tried.
-        inversion: of one update; empty if it was not tried.
+        shadows: inference by shadow adapters; None if none were trained.
+        inversion: of one update of a first layer; empty if it was not tried.
+        adapter_inversion: of one update of the study's adapter; None if it was not tried.
         notes: what a reader must know beside the numbers.
         wall_s: how long it took.
     """
@@ -144,7 +211,9 @@ class AuditResult(_Frozen):
     confidence: _Share
     bounds: tuple[AuditBound, ...]
     membership: tuple[Membership, ...]
+    shadows: ShadowAttack | None = None
     inversion: tuple[Inversion, ...]
+    adapter_inversion: AdapterInversion | None = None
     notes: tuple[str, ...]
     wall_s: float
 

@@ -72,6 +72,7 @@ class Training:
         trainable: what trains.
         features: of the site.
         site: its name.
+        declared_units: public number of its units, by which private steps are divided; None without a plan.
     """
 
     study: StudyConfig
@@ -82,13 +83,22 @@ class Training:
     trainable: Subspace
     features: FeatureCache
     site: str
+    declared_units: int | None
 
-    def state(self, units: Sequence[Unit], streams: Streams, done: Callable[[], None]) -> ModelState:
-        """The model after all rounds of training on these patients."""
+    def state(self, units: Sequence[Unit], streams: Streams, done: Callable[[], None], *, draw: int = 0) -> ModelState:
+        """The model after all rounds of training on these patients.
+
+        Args:
+            units: all take part.
+            streams: of private training.
+            done: called after each round.
+            draw: another one gives another order of images to training without privacy.
+        """
         adapter_P = self.model.initial_P
+        self.model.put(ModelState(adapter_P))  # whatever was folded into the base before
         for number in range(1, self.study.rounds.num_rounds + 1):
             if self.plan is None:
-                seed = derive_seed(self.study.seed, "audit", self.site, number)
+                seed = derive_seed(self.study.seed, "audit", self.site, number, draw)
                 adapter_P = train_locally(
                     self.model,
                     self.task,
@@ -101,8 +111,7 @@ class Training:
                 ).adapter_P
             else:
                 assert self.engine is not None
-                declared = self.study.declared_units(self.site)
-                assert declared is not None
+                assert self.declared_units is not None
                 adapter_P = train_privately(
                     self.model,
                     self.task,
@@ -112,7 +121,7 @@ class Training:
                     engine=self.engine,
                     trainable=self.trainable,
                     start_P=adapter_P,
-                    declared_units=declared,
+                    declared_units=self.declared_units,
                     features=self.features,
                     stream=streams(number),
                 ).adapter_P

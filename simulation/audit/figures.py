@@ -9,12 +9,14 @@ from html import escape
 from typing import Any
 
 from server.audit_result import ATTACKS, AuditResult
+from simulation.audit.adapter_inversion import Pictures
 from simulation.audit.inversion import EXACT_DB, Image, Reconstruction
 
 _INK = "#010203"  # of no mark; becomes the colour of the text around
 _BOUND, _REFUTED, _CLAIM = "#2a7fc4", "#c8102e", "#808080"
 _BLACK, _WHITE = "#000000", "#e8e8e8"
 _WIDTH_IN = 7.4
+_WORDS = {"off": "no protection", "clipped": "clipped", "clipped and noised": "clipped, noised", "masked": "masked"}
 
 
 def draw_bounds(audit: AuditResult) -> str:
@@ -59,10 +61,32 @@ def draw_inversion(original_HW: Image, found: Sequence[Reconstruction]) -> str:
         return _svg(figure, "audit-inversion", "an image and its reconstructions", transparent=False)
 
 
+def draw_adapter_inversion(pictures: Pictures) -> str:
+    """The original, the mean of the others, and where each search ended."""
+    from matplotlib.figure import Figure
+
+    shown = [
+        ("original", pictures.original_HW),
+        (f"mean of others\nSSIM {pictures.result.mean_ssim:.2f}", pictures.mean_HW),
+        *(
+            (f"{_WORDS[one.protection]}\nfrom {one.start}\nSSIM {one.ssim:.2f}", image_HW)
+            for one, image_HW in zip(pictures.result.searches, pictures.found, strict=True)
+        ),
+    ]
+    with _style("audit-adapter-inversion"):
+        figure = Figure(figsize=(_WIDTH_IN, 1.62), facecolor=_BLACK, layout="constrained")
+        for axes, (title, image_HW) in zip(figure.subplots(1, len(shown)), shown, strict=True):
+            axes.imshow(image_HW, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+            axes.set_title(title, color=_WHITE, fontsize=7.5)
+            axes.set_axis_off()
+        return _svg(
+            figure, "audit-adapter-inversion", "an image and what searches for it ended with", transparent=False
+        )
+
+
 def _title(one: Reconstruction) -> str:
-    words = {"off": "no protection", "clipped": "clipped", "clipped and noised": "clipped, noised", "masked": "masked"}
     likeness = "exact" if one.result.psnr_db >= EXACT_DB else f"{one.result.psnr_db:.0f} dB"
-    return f"{words[one.result.protection]}\n{likeness}, SSIM {one.result.ssim:.2f}"
+    return f"{_WORDS[one.result.protection]}\n{likeness}, SSIM {one.result.ssim:.2f}"
 
 
 def _style(name: str) -> Any:

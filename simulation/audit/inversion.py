@@ -3,8 +3,8 @@
 The victim is a small network whose first layer is fully connected, trained on one image: row i of that layer's gradient
 is the image times the gradient of bias i, so an unprotected update *is* the image (Phong et al. 2017, section 3,
 https://eprint.iacr.org/2017/715). No attack can do better than exact, which is the point: what protection does to it
-is seen undiluted. Adapters deep inside a frozen backbone give away features rather than pixels; how much of an image
-can be made of those is not measured here.
+is seen undiluted. Adapters deep inside a frozen backbone give away features rather than pixels: those are attacked in
+:mod:`simulation.audit.adapter_inversion`.
 
 Clipping, noise and masks are the product's own code. Legend: H height, W width, U hidden units, P elements.
 """
@@ -12,7 +12,6 @@ Clipping, noise and masks are the product's own code. Legend: H height, W width,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from privacy.noise import add_gaussian
 from privacy.randomness import RandomStream
 from privacy.secure_aggregation.encoding import FixedPoint
 from privacy.secure_aggregation.masks import add_pair_masks
-from server.audit_result import Inversion
+from server.audit_result import Inversion, Protection
 
 SIDE_PX = 64
 UNITS = 16
@@ -62,20 +61,10 @@ def invert(
         seed: of the victim's weights, which an attacker knows.
     """
     victim = torch.Generator().manual_seed(seed)
-    shown = torch.nn.functional.interpolate(
-        torch.from_numpy(np.ascontiguousarray(image_HW))[None, None], (SIDE_PX, SIDE_PX), mode="area"
-    )[0, 0]
-    gradient_P = _gradient(shown, victim)
-    total = ClippedSum(len(gradient_P), clip_norm=clip_norm, device="cpu")
-    total.add(gradient_P[None], [0], [1.0])
-    clipped_P = total.close().sum_P
-    noised_P = add_gaussian(clipped_P, noise_std=noise_multiplier * clip_norm, stream=stream)
-    updates: list[tuple[Any, Tensor]] = [
-        ("off", gradient_P.double()),
-        ("clipped", clipped_P),
-        ("clipped and noised", noised_P),
-        ("masked", _masked(clipped_P, clip_norm=clip_norm)),
-    ]
+    shown = torch.from_numpy(smaller(image_HW))
+    updates = protections(
+        _gradient(shown, victim), clip_norm=clip_norm, noise_multiplier=noise_multiplier, stream=stream
+    )
     original: Image = shown.numpy()
     found = []
     for protection, update_P in updates:
@@ -83,6 +72,35 @@ def invert(
         psnr_db, ssim = likeness(original, image)
         found.append(Reconstruction(Inversion(protection=protection, psnr_db=psnr_db, ssim=ssim), image))
     return original, found
+
+
+def smaller(image_HW: Image) -> Image:
+    """The image at :data:`SIDE_PX`, each pixel the mean of an area."""
+    whole = torch.from_numpy(np.ascontiguousarray(image_HW))[None, None]
+    shown: Image = torch.nn.functional.interpolate(whole, (SIDE_PX, SIDE_PX), mode="area")[0, 0].numpy()
+    return shown
+
+
+def protections(
+    gradient_P: Tensor, *, clip_norm: float, noise_multiplier: float, stream: RandomStream
+) -> list[tuple[Protection, Tensor]]:
+    """A patient's gradient as an attacker sees it: as it is, clipped, clipped and noised, clipped and masked; float64.
+
+    Args:
+        gradient_P: float32.
+        clip_norm: C.
+        noise_multiplier: z, > 0.
+        stream: of the noise.
+    """
+    total = ClippedSum(len(gradient_P), clip_norm=clip_norm, device="cpu")
+    total.add(gradient_P[None], [0], [1.0])
+    clipped_P = total.close().sum_P
+    return [
+        ("off", gradient_P.double()),
+        ("clipped", clipped_P),
+        ("clipped and noised", add_gaussian(clipped_P, noise_std=noise_multiplier * clip_norm, stream=stream)),
+        ("masked", _masked(clipped_P, clip_norm=clip_norm)),
+    ]
 
 
 def _gradient(image_HW: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from medfed.study import StudyConfig
 from privacy.plan import PrivacyPlan
+from server.audit_result import AdapterInversion, ShadowAttack
+
+_GUESS = 0.5  # area under the ROC curve
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,13 @@ class Demonstration:
 
 
 def notes(
-    study: StudyConfig, plan: PrivacyPlan | None, inverted: Demonstration, *, nothing_claimed: bool
+    study: StudyConfig,
+    plan: PrivacyPlan | None,
+    inverted: Demonstration,
+    *,
+    nothing_claimed: bool,
+    shadows: ShadowAttack | None,
+    searched: AdapterInversion | None,
 ) -> tuple[str, ...]:
     """The sentences, those about the promise first.
 
@@ -40,6 +49,8 @@ def notes(
         plan: of its privacy; None without.
         inverted: of the inversion.
         nothing_claimed: whether a bound stands beside no claim.
+        shadows: attack by shadow adapters; None if there was none.
+        searched: inversion of the study's own adapter; None likewise.
     """
     found = []
     if plan is None:
@@ -67,13 +78,41 @@ def notes(
         found.append("Membership inference was not tried: held-out patients are withheld in this study.")
     else:
         found.append(
-            "Membership inference throws no coins: the cohort says who trains and who is held out. With few held-out "
-            "patients a small false-alarm rate means no false alarm at all. No shadow adapters were trained."
+            "Membership inference on the released adapter throws no coins: the cohort says who trains and who is held "
+            "out. With few held-out patients a small false-alarm rate means no false alarm at all."
         )
+        found.append(_of_shadows(shadows))
     found.append(
-        "The inversion attacks the first layer of a small network that sees the pixels of one image, not the study's "
+        "The inversion of a first layer attacks a small network that sees the pixels of one image, not the study's "
         f"adapter, with clip norm {inverted.clip_norm:g} and noise multiplier {inverted.noise_multiplier:g}"
         f"{', which the study itself has not' if inverted.is_made_up else ''}. Clipping shortens an update and hides "
-        "nothing; noise and masks hide. What can be made of an update of the study's own adapter was not measured."
+        "nothing; noise and masks hide."
     )
+    found.append(_of_search(searched))
     return tuple(found)
+
+
+def _of_shadows(shadows: ShadowAttack | None) -> str:
+    if shadows is None:
+        return "No shadow adapters were trained; --shadows 16 trains them, for the strongest attack on membership."
+    ratio = next(one for one in shadows.alone if one.attack == "likelihood-ratio")
+    told = "better than by guessing" if ratio.low > _GUESS else "no better than by guessing"
+    made = f", {shadows.num_newcomers} of them made for the attack" if shadows.num_newcomers else ""
+    return (
+        f"{shadows.num_shadows} shadow adapters were trained as the site trains, with nobody to average with, each on "
+        f"{shadows.num_trained} of {shadows.num_patients} patients{made}: a fair "
+        "game, as coins said who. The released adapter is that of all sites; shadows of one site fit it less well, and "
+        f"its scores are moved to their level. Who trained a shadow is told {told}."
+    )
+
+
+def _of_search(searched: AdapterInversion | None) -> str:
+    if searched is None:
+        return "What can be made of an update of the study's own adapter was not tried; --inversion-steps 100 searches."
+    return (
+        f"The search for an image behind the adapter's own update had {searched.num_values} numbers of a step on that "
+        f"image alone, the annotation, and {searched.steps} steps to find {searched.num_pixels} pixels. It looks at "
+        "the direction of the update, which clipping does not change. It has found something of the patient only where it "
+        f"ends closer to the original than the mean of the other images, SSIM {searched.mean_ssim:.2f}. A search that "
+        "fails proves nothing: more steps or a better idea of what images look like may succeed."
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,22 +17,26 @@ import numpy as np
 from client.private_round import engine_for
 from client.private_trainer import units_of
 from client.round_start import own_state
-from medfed.errors import CheckpointError
+from client.site import Site
+from medfed.errors import CheckpointError, StudyError
 from medfed.models.folding import ModelState
 from medfed.study import FEDERATED
 from medfed.tasks import task_of
 from privacy.per_sample.engine import Engine
 from privacy.plan import PrivacyPlan
 from privacy.randomness import RandomStream
-from server.audit_result import AUDIT, AuditBound, AuditResult, Membership
+from server.audit_result import AUDIT, AuditBound, AuditResult, Membership, ShadowAttack
 from server.checkpoint import read_checkpoint, write_durably
+from simulation.audit.adapter_inversion import NUM_SEARCHES, Pictures, Victim, invert_adapter
 from simulation.audit.blackbox import Training, mislabelled, score_images
-from simulation.audit.figures import draw_bounds, draw_inversion
+from simulation.audit.figures import draw_adapter_inversion, draw_bounds, draw_inversion
 from simulation.audit.findings import Finding, game_findings, one_run_finding
 from simulation.audit.inversion import invert
 from simulation.audit.membership import losses_by_patient, membership
+from simulation.audit.newcomers import newcomers, num_made
 from simulation.audit.notes import Demonstration, notes
 from simulation.audit.scene import Scene
+from simulation.audit.shadows import FEWEST, Population, shadow_attack
 from simulation.audit.steps import SiteTraining
 from simulation.audit.whitebox import play, run_once
 from simulation.overlays import displayable
@@ -53,10 +58,21 @@ class Effort:
     Attributes:
         runs: short runs with and without a canary; >= 20.
         canaries: mislabelled images of one run; >= 10.
+        shadows: adapters that are trained for the likelihood-ratio attack; 0 for none, else >= 8.
+        inversion_steps: of each search for an image behind an update of the adapter; 0 for none.
+
+    Raises:
+        StudyError: for too few shadows.
     """
 
     runs: int = 1000
     canaries: int = 100
+    shadows: int = 0
+    inversion_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if 0 < self.shadows < FEWEST:
+            raise StudyError(f"Expected --shadows 0, or at least {FEWEST}, got {self.shadows}: too few to fit to.")
 
 
 def audit_run(
@@ -78,10 +94,17 @@ def audit_run(
     reporter.stage("opening the run")
     scene = Scene.of(folder, site)
     study, plan = scene.study, scene.plan
+    if effort.shadows and study.withholds_evaluation:
+        raise StudyError(
+            "Expected --shadows 0, as the study withholds its held-out patients, who are half of what shadows are "
+            f"trained on; got {effort.shadows}."
+        )
 
     bounds = lower_bounds(scene, effort, reporter)
     reporter.stage("membership inference")
-    inferred = () if study.withholds_evaluation else _membership(scene)
+    released = _released(scene)
+    inferred = () if study.withholds_evaluation else _membership(scene, released)
+    shadows = _shadows(scene, released(scene.site), effort.shadows, reporter) if effort.shadows else None
     reporter.stage("inverting a gradient")
     demonstrated = Demonstration.of(plan)
     original_HW, inverted = invert(
@@ -91,6 +114,7 @@ def audit_run(
         stream=RandomStream.from_system(),
         seed=study.seed,
     )
+    pictures = _adapter_inversion(scene, released(scene.site), effort, demonstrated, reporter)
 
     is_private = plan is not None and plan.is_private
     result = AuditResult(
@@ -106,13 +130,25 @@ def audit_run(
         confidence=CONFIDENCE,
         bounds=bounds,
         membership=inferred,
+        shadows=shadows,
         inversion=tuple(one.result for one in inverted),
-        notes=notes(study, plan, demonstrated, nothing_claimed=any(bound.claimed is None for bound in bounds)),
+        adapter_inversion=None if pictures is None else pictures.result,
+        notes=notes(
+            study,
+            plan,
+            demonstrated,
+            nothing_claimed=any(bound.claimed is None for bound in bounds),
+            shadows=shadows,
+            searched=None if pictures is None else pictures.result,
+        ),
         wall_s=round(time.monotonic() - started_s, 1),
     )
     figures = folder / "figures"
     write_durably(figures / "audit-bounds.svg", draw_bounds(result).encode())
     write_durably(figures / "audit-inversion.svg", draw_inversion(original_HW, inverted).encode())
+    (figures / "audit-adapter-inversion.svg").unlink(missing_ok=True)  # of an earlier audit, perhaps
+    if pictures is not None:
+        write_durably(figures / "audit-adapter-inversion.svg", draw_adapter_inversion(pictures).encode())
     write_durably(folder / AUDIT, result.model_dump_json(indent=2).encode())
     return result
 
@@ -171,23 +207,13 @@ def _training(scene: Scene, plan: PrivacyPlan) -> tuple[SiteTraining, Engine]:
 
 
 def _images(scene: Scene, effort: Effort, reporter: Reporter) -> Finding:
-    """The black-box attack. A site that shares its noise trains alone here, and then adds all of it."""
-    alone = None if scene.plan is None else scene.plan.alone
-    training = Training(
-        scene.study,
-        scene.model,
-        task_of(scene.study.task),
-        alone,
-        None if alone is None else engine_for(scene.study, scene.model, scene.trainable, scene.site),
-        scene.trainable,
-        scene.site.features,
-        scene.site.name,
-    )
+    """The black-box attack on mislabelled images."""
+    training = _alone(scene)
     coins = RandomStream.from_system()
     reporter.start("one run with mislabelled images", scene.study.rounds.num_rounds)
     scores = score_images(
         training,
-        patients=units_of(scene.cohort.train, "patient" if alone is None else alone.unit),
+        patients=units_of(scene.cohort.train, "patient" if training.plan is None else training.plan.unit),
         canaries=mislabelled(scene.cohort.items, effort.canaries, coins),
         streams=scene.streams,
         coins=coins,
@@ -196,19 +222,42 @@ def _images(scene: Scene, effort: Effort, reporter: Reporter) -> Finding:
     return one_run_finding("one-run-images", scores.scores_M, scores.included_M, scene.plan, confidence=_each())
 
 
-def _membership(scene: Scene) -> tuple[Membership, ...]:
-    study, model, strategy = scene.study, scene.model, strategy_of(scene.study)
+def _alone(scene: Scene) -> Training:
+    """The site's training with nobody to average with. A site that shares its noise then adds all of it."""
+    alone = None if scene.plan is None else scene.plan.alone
+    return Training(
+        scene.study,
+        scene.model,
+        task_of(scene.study.task),
+        alone,
+        None if alone is None else engine_for(scene.study, scene.model, scene.trainable, scene.site),
+        scene.trainable,
+        scene.site.features,
+        scene.site.name,
+        None if alone is None else scene.study.declared_units(scene.site.name),
+    )
+
+
+def _released(scene: Scene) -> Callable[[Site], ModelState]:
+    """What the run ended with at each site.
+
+    Raises:
+        CheckpointError: if the run has not ended.
+    """
+    study, strategy = scene.study, strategy_of(scene.study)
     final = read_checkpoint(scene.folder, study.resolved_manifest, study_digest=study.digest, scope=FEDERATED)
     if final is None:
         raise CheckpointError(f"Expected a finished run at {scene.folder}, got no checkpoint; resume the run.")
     shared = shared_state(strategy, final.adapter_P, final.broadcast)
+    return lambda site: own_state(shared, strategy, final.round, study, FEDERATED, site)
+
+
+def _membership(scene: Scene, released: Callable[[Site], ModelState]) -> tuple[Membership, ...]:
+    study, model = scene.study, scene.model
     task, before = task_of(study.task), ModelState(model.initial_P)
     scores: dict[str, list[list[float]]] = {"loss": [[], []], "calibrated": [[], []]}
     for site in scene.sites:
-        after, cohort = (
-            own_state(shared, strategy, final.round, study, FEDERATED, site),
-            site.cohort(study, model.pixels),
-        )
+        after, cohort = released(site), site.cohort(study, model.pixels)
         for split, items in enumerate((cohort.train, cohort.test)):
             at_start, at_end = (
                 losses_by_patient(model, task, items, state=state, features=site.features) for state in (before, after)
@@ -219,6 +268,44 @@ def _membership(scene: Scene) -> tuple[Membership, ...]:
     return tuple(
         membership(attack, np.array(members), np.array(others), generator=generator)
         for attack, (members, others) in scores.items()
+    )
+
+
+def _shadows(scene: Scene, released: ModelState, num_shadows: int, reporter: Reporter) -> ShadowAttack:
+    """Shadows of the site alone. Made-up cohorts are filled up with as many non-members as there are members."""
+    members = {item.patient_id for item in scene.cohort.train}
+    held_out = {item.patient_id for item in scene.cohort.test}
+    count = max(0, len(members) - len(held_out)) if scene.is_made_up else 0
+    reporter.start("making virtual patients", num_made(scene, count))
+    made = newcomers(scene, count, done=reporter.step)
+    training = _alone(scene)
+    reporter.start("shadow adapters", num_shadows * scene.study.rounds.num_rounds)
+    return shadow_attack(
+        training,
+        Population(scene.cohort.train, (*scene.cohort.test, *made), count),
+        released=released,
+        num_shadows=num_shadows,
+        coins=RandomStream.from_system(),
+        generator=np.random.default_rng(scene.study.seed),
+        done=reporter.step,
+    )
+
+
+def _adapter_inversion(
+    scene: Scene, released: ModelState, effort: Effort, shown: Demonstration, reporter: Reporter
+) -> Pictures | None:
+    if not effort.inversion_steps:
+        return None
+    victim = Victim(scene.model, task_of(scene.study.task), scene.trainable, released)
+    reporter.start("searching an image behind an update", NUM_SEARCHES * effort.inversion_steps)
+    return invert_adapter(
+        victim,
+        scene.cohort.train,
+        shown=shown,
+        steps=effort.inversion_steps,
+        stream=RandomStream.from_system(),
+        seed=scene.study.seed,
+        done=reporter.step,
     )
 
 

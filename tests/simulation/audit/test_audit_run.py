@@ -49,6 +49,50 @@ def test_private_run_is_audited_from_end_to_end(
     assert page.count("<svg") == 2
 
 
+def test_shadows_and_searches_are_made_if_asked_for(
+    make_private_study: Callable[..., StudyConfig], make_run: MakeRun
+) -> None:
+    folder = make_run(make_private_study())
+    asked = ["--shadows", "8", "--inversion-steps", "2"]
+    shown = CliRunner().invoke(app, [str(folder), "--runs", "20", "--canaries", "10", *asked])
+    assert shown.exit_code == 0, shown.output
+    assert "8 shadows on the released adapter: 3 training and 2 other patients of site north" in shown.stdout
+    assert "inversion of the adapter's own update, 2 steps" in shown.stdout
+    result = read_audit(folder)
+    assert result is not None
+    assert result.shadows is not None
+    assert (result.shadows.num_patients, result.shadows.num_trained, result.shadows.num_newcomers) == (5, 2, 0)
+    assert [one.attack for one in result.shadows.alone] == ["loss", "likelihood-ratio"]
+    assert [one.attack for one in result.shadows.released] == ["loss", "likelihood-ratio"]
+    searched = result.adapter_inversion
+    assert searched is not None
+    assert (searched.steps, searched.num_images, searched.num_pixels) == (2, 3, 64 * 64)
+    assert [one.protection for one in searched.searches] == [
+        "off", "off", "clipped", "clipped and noised", "masked",
+    ]  # fmt: skip
+    page = audit_fragment(folder)
+    assert page.count("<svg") == 3
+    assert "The 8 shadow adapters of site north alone" in page
+    assert page.count('scope="rowgroup"') == 3
+    assert "study's own adapter, 2 steps" in page
+
+    audit_run(folder, effort=LITTLE)
+    again = read_audit(folder)
+    assert again is not None
+    assert (again.shadows, again.adapter_inversion) == (None, None)
+    assert audit_fragment(folder).count("<svg") == 2
+
+
+def test_shadows_that_cannot_be_are_refused_in_one_line(
+    make_private_study: Callable[..., StudyConfig], make_run: MakeRun
+) -> None:
+    with pytest.raises(StudyError, match="at least 8, got 3"):
+        Effort(shadows=3)
+    folder = make_run(make_private_study(evaluation="withheld"))
+    with pytest.raises(StudyError, match="withholds its held-out patients"):
+        audit_run(folder, effort=Effort(runs=20, canaries=10, shadows=8))
+
+
 def test_run_whose_noise_is_too_small_ends_with_exit_code_one(
     make_private_study: Callable[..., StudyConfig], make_run: MakeRun
 ) -> None:
