@@ -395,7 +395,7 @@ def _prv_epsilon(runs: tuple[_Run, ...], delta: float) -> float:
 
 @contextmanager
 def _refusing_failures(accountant: str, total_steps: int, delta: float) -> Iterator[None]:
-    """Turns whatever a library raises when it meets its limits into a refusal to answer, and keeps none of its plans."""
+    """Turns whatever a library raises at its limits into a refusal to answer, and keeps none of its plans."""
     try:
         yield
     except (ArithmeticError, RuntimeError, ValueError, IndexError) as error:
