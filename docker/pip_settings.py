@@ -51,12 +51,13 @@ def write_settings(sections: dict[str, dict[str, str]], file: Path) -> None:
     """Write a ``pip.conf``; a value of several lines keeps them."""
     parser = RawConfigParser()
     parser.read_dict({section: values for section, values in sections.items() if values})
+    file.touch(mode=0o600)  # an address of an index may hold a password
     with file.open("w") as stream:
         parser.write(stream)
 
 
 if __name__ == "__main__":
-    printed = subprocess.run(  # noqa: S603 - pip of the Python that runs this file
+    printed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
     ).stdout
     settings = read_settings(printed)

@@ -13,7 +13,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(mkdir -p "${1:?a folder}" && cd "$1" && pwd)
 base=localhost/python:3.11-slim-bookworm
 person=4711 # who types the README's commands: not root, and not the user of an image
-needed="debootstrap podman runc netavark aardvark-dns catatonit"
+needed="debootstrap podman runc netavark aardvark-dns catatonit python3-venv"
 
 fail() {
     echo "$*" >&2
@@ -74,7 +74,7 @@ if [ -z "${REHEARSAL_NETWORK:-}" ]; then
     build server
     build site
     [ -x "$work/compose/bin/podman-compose" ] || { # reads compose.yaml and calls podman
-        python3 -m venv "$work/compose"
+        /usr/bin/python3 -m venv "$work/compose" # user 4711 runs it, who may not see another Python
         "$work/compose/bin/python" -m pip install --quiet podman-compose
     }
     REHEARSAL_NETWORK=own exec unshare --net "${BASH_SOURCE[0]}" "$work"
@@ -82,7 +82,7 @@ fi
 
 ip link set lo up
 trap 'podman rm --all --force --time 5 >/dev/null; kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-hardened=(--rm --read-only --read-only-tmpfs=false --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges --network none)
+hardened=(--rm --no-healthcheck --read-only --read-only-tmpfs=false --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges --network none)
 for image in server site; do
     step "image of the $image, alone: its user, what it may write, its help, its health check without anything to check"
     podman run "${hardened[@]}" --entrypoint sh "medfed-$image:0.1.0" -euc '
@@ -111,25 +111,28 @@ until [ -S "$work/podman.sock" ]; do sleep 0.2; done
 chown $person "$work/podman.sock"
 while sleep 5; do # systemd's part
     for container in $(podman ps --quiet); do
-        [ "$(podman inspect --format '{{if .Config.Healthcheck}}y{{end}}' "$container")" = y ] && podman healthcheck run "$container" >/dev/null 2>&1
+        [ "$(podman inspect --format '{{if .Config.Healthcheck}}y{{end}}' "$container")" = y ] && podman healthcheck run "$container" >/dev/null 2>&1 || true
     done
 done &
 # What `docker` is to the commands: the engine over its socket. The images are there; a built one is not built again.
+# As with Docker, `run` is enough to ask for a service of a profile; a person answers where one is asked.
 cat >"$tree/as-typed" <<'END'
+compose() { "$REHEARSAL_COMPOSE" --in-pod false "$@"; }
 docker() {
-    [ "$1" = compose ] || { podman --remote "$@"; return; }
-    shift
-    [ "$1" != build ] || return 0
-    "$REHEARSAL_COMPOSE" "$@"
+    printf '\n$ docker %s\n' "$*"
+    case $* in
+        "compose build "*) ;;
+        "compose run "*" site approve "*) COMPOSE_PROFILES=run compose run -T "${@:3}" <<<three-hospitals ;;
+        "compose run "*) COMPOSE_PROFILES=run compose run -T "${@:3}" </dev/null ;;
+        *) "$@" </dev/null ;;
+    esac
 }
 set -euo pipefail
-PS4='$ '
-set -x
 . ./commands
 END
 cd "$tree"
 status=0
-yes | env --ignore-environment PATH="$PATH" HOME="$tree" CONTAINER_HOST="unix://$work/podman.sock" PODMAN_COMPOSE_WARNING_LOGS=false \
+env --ignore-environment PATH="$PATH" HOME="$tree" CONTAINER_HOST="unix://$work/podman.sock" \
     REHEARSAL_COMPOSE="$work/compose/bin/podman-compose" \
     setpriv --reuid $person --regid $person --clear-groups bash ./as-typed || status=$?
 step "ended with $status"
