@@ -64,7 +64,7 @@ build() { # image
         case $path in *:*) ;; *) path=$path:$path ;; esac
         mounts+=(--volume "$path:ro")
     done
-    podman build --isolation chroot --format docker --pull=never --layers=false --build-arg "BASE=$base" "${mounts[@]}" \
+    podman build --isolation chroot --format docker --pull=never --layers --build-arg "BASE=$base" "${mounts[@]}" \
         --file "$root/docker/$1.Dockerfile" --tag "medfed-$1:0.1.0" "$root" >"$work/$1.log" 2>&1 ||
         fail "Expected an image, got: $(tail -3 "$work/$1.log"); all of it: $work/$1.log"
 }
@@ -135,5 +135,21 @@ status=0
 env --ignore-environment PATH="$PATH" HOME="$tree" CONTAINER_HOST="unix://$work/podman.sock" \
     REHEARSAL_COMPOSE="$work/compose/bin/podman-compose" \
     setpriv --reuid $person --regid $person --clear-groups bash ./as-typed || status=$?
-step "ended with $status"
-podman ps --all --format '{{.Names}} {{.Status}}'
+[ "$status" = 0 ] || fail "Expected the commands of docker/README.md to end well, got exit code $status; see above."
+
+step "what came of it"
+ls -o demo/consortium/runs/*/
+test -s "$(echo demo/consortium/runs/*/report.html)"
+ready() { podman ps --filter health=healthy --format '{{.Names}}' | sort | tr '\n' ' '; }
+for _ in $(seq 60); do
+    [ "$(ready | wc -w)" = 4 ] && break
+    sleep 5
+done
+[ "$(ready | wc -w)" = 4 ] || fail "Expected four healthy containers, got: $(ready)"
+echo "healthy: $(ready)"
+for name in $(ready); do # who runs, as whom, and what the engine lets it do
+    podman inspect --format "$name user={{.Config.User}} read-only={{.HostConfig.ReadonlyRootfs}} caps={{.EffectiveCaps}} {{.HostConfig.SecurityOpt}} pids={{.HostConfig.PidsLimit}}" "$name"
+    changed=$(podman diff "$name" | grep -v -E '^[AC] /(etc|run|dev|proc|sys|tmp|site|post|data|consortium|var|var/tmp|run/.*|etc/(mtab|hosts|resolv.conf|hostname)|run/.containerenv)?$' || true)
+    [ -z "$changed" ] || fail "Expected nothing written beside the volumes of $name, got: $changed"
+done
+step "all of it holds"
