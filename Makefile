@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt requirements-weights.txt
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: setup setup-ray demo consortium test test-deployment test-exhaustive test-fast check mutate bench clean help
+.PHONY: setup setup-ray demo consortium rehearse-images test test-deployment test-exhaustive test-fast check mutate bench clean help
 
 help: ## Show what can be made.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ demo: setup ## Four virtual hospitals adapt LiteMedSAM; ends with a table and a 
 
 consortium: setup ## Three hospitals, each a process of its own, train one private study to its end.
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/consortium.sh
+
+rehearse-images: ## Build both images and run three hospitals in them, by Debian's podman, without a registry: root, half an hour.
+	docker/rehearse.sh "$$(mktemp -d /var/tmp/medfed-images-XXXXXX)"
 
 test: setup ## The test-suite, file by file on up to four cores; without the two below.
 	$(BIN)/python -m pytest -m "not exhaustive" --numprocesses auto --maxprocesses 4 --dist loadfile --ignore tests/deployment --ignore tests/examples

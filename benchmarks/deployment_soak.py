@@ -85,7 +85,7 @@ def soak(consortium: LocalConsortium, *, num_rounds: int, private: bool) -> tupl
         if number < 1:
             continue
         for name, process in consortium.processes.items():
-            if (sample := _sample(process.pid, number)) is not None:
+            if (sample := sample_of(process.pid, number)) is not None:
                 samples[name].append(sample)
         looks.append(_look(consortium, number, time.monotonic() - began_s))
     if server.returncode:
@@ -98,7 +98,8 @@ def _round(consortium: LocalConsortium) -> int:
     return read_status(runs[0].parent).round if runs else 0
 
 
-def _sample(pid: int, number: int) -> Sample | None:
+def sample_of(pid: int, number: int) -> Sample | None:
+    """One look at a process; None if it has just ended."""
     try:
         process = psutil.Process(pid)
         with process.oneshot():

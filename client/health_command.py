@@ -23,10 +23,9 @@ def health(
 
       medfed site health /srv/medfed
     """
-    from client.run_site import is_served
-    from client.site_folder import SiteFolder
+    from client.site_lock import is_served
     from medfed.errors import SiteError
 
-    if not is_served(SiteFolder(site.resolve())):
+    if not is_served(site):
         raise SiteError(f"Expected a process that serves {site}, got none; start it with 'medfed site start'.")
     typer.echo("served")

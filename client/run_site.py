@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from client.site_folder import SiteFolder, existing_site
+from client.site_lock import only_process
 from medfed.durable_file import replace_durably
 from medfed.errors import SiteError
 from medfed.private_file import read_private
@@ -74,7 +72,7 @@ def run_site(root: Path, *, verbose: bool = False) -> None:
     from client.site import site_of
     from client.worker import SiteWorker
 
-    with _alone(folder):
+    with only_process(folder.root):
         began_s = time.monotonic()
         site = site_of({})
         audit_log = AuditLog(folder.state, read_key(folder.ledger_key))
@@ -111,40 +109,6 @@ def node_key_of(folder: SiteFolder) -> EllipticCurvePrivateKey:
     if not isinstance(key, EllipticCurvePrivateKey):
         raise SiteError(f"Expected a P-384 key at {folder.node_key}, got another kind; restore it.")
     return key
-
-
-@contextmanager
-def _alone(folder: SiteFolder) -> Iterator[None]:
-    """Hold the site for this process alone: two would answer one message twice.
-
-    Raises:
-        SiteError: if another process holds it.
-    """
-    path = _lock_file(folder)
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "rb+", buffering=0) as file:  # noqa: PTH123 - a descriptor
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SiteError(
-                f"Expected that nobody serves {folder.root}, got another process that does; stop it first."
-            ) from None
-        yield
-
-
-def is_served(folder: SiteFolder) -> bool:
-    """Whether a process serves a site at this moment. Changes nothing, and needs no key."""
-    try:
-        with _lock_file(folder).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        pass
-    return False
-
-
-def _lock_file(folder: SiteFolder) -> Path:
-    return folder.state / "lock"
 
 
 def stopped_by_signals() -> threading.Event:

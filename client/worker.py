@@ -27,6 +27,7 @@ from flwr.clientapp import ClientApp
 from client.audit_log import AuditLog, Departure
 from client.flower_link import Delivery, error_reply
 from client.inbox import MAX_TRIES, Inbox, Pending
+from medfed.device import return_free_memory
 from medfed.errors import LinkDownError, LinkError, MessageError
 from medfed.messages import INSTRUCTION_FIELDS, RECORD_KEY, RoundInstruction, RoundReply, exact_fields, told
 from medfed.polling import pause_s
@@ -191,6 +192,8 @@ class SiteWorker:
             *(departure.outcome, departure.action, departure.round, departure.kind or "-", departure.payload_bytes),
             *(runtime_s, wanted),
         )
+        if departure.epsilon_after is not None:  # the accountants work on grids that grow with epsilon
+            return_free_memory()
 
     def _answer(self, message: Message, delivery: Delivery) -> Message:
         """What the app answers; whatever it raises travels as its kind alone."""

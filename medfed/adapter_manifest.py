@@ -13,14 +13,15 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
 from medfed.canonical import canonical_bytes
 from medfed.errors import AdapterMismatchError
+
+if TYPE_CHECKING:  # imported where tensors are at hand: whoever only reads a study does not wait for it
+    from torch import Tensor
 
 
 class TensorSpec(BaseModel):
@@ -66,6 +67,8 @@ class AdapterManifest(BaseModel):
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], *, method: str, rank: int | None) -> AdapterManifest:
         """The manifest that admits exactly ``tensors`` (all float32)."""
+        import torch
+
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32:
                 raise AdapterMismatchError(
@@ -126,6 +129,8 @@ class AdapterManifest(BaseModel):
             AdapterMismatchError: names the first unknown or missing tensor, wrong shape, wrong dtype, or
                 non-finite value.
         """
+        import torch
+
         if unknown := sorted(tensors.keys() - self._shapes.keys()):
             raise AdapterMismatchError(
                 f"Expected only tensors of the adapter manifest, got {unknown[0]!r}"
@@ -165,6 +170,8 @@ class AdapterManifest(BaseModel):
         self.check_form(vector_P)
         # A finite sum proves finite elements in one pass; only a suspicious sum pays for the search.
         if not math.isfinite(float(vector_P.sum())):
+            import torch
+
             finite = torch.isfinite(vector_P)
             if not bool(finite.all()):
                 name = self.name_at(int(torch.nonzero(~finite)[0]))
@@ -178,6 +185,8 @@ class AdapterManifest(BaseModel):
         Raises:
             AdapterMismatchError: on a wrong length or dtype.
         """
+        import torch
+
         if vector_P.dtype != torch.float32 or vector_P.dim() != 1 or vector_P.numel() != self.num_elements:
             raise AdapterMismatchError(
                 f"Expected a float32 vector of {self.num_elements} elements, "

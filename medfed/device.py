@@ -59,3 +59,17 @@ def prepare_cpu(num_threads: int) -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_free_memory() -> None:
+    """Give the system back what this process has freed, which :func:`prepare_cpu` has the allocator keep.
+
+    For a process that waits now: it then holds what it needs, not as much as its largest piece of work so far. The
+    next piece pays once for new pages: half a second for 400 MiB on a busy virtual machine. Does nothing elsewhere
+    than on glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

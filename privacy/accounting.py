@@ -39,6 +39,7 @@ from typing import Any, ClassVar, Protocol, TypeGuard, overload
 import numpy as np
 
 from medfed.errors import PrivacyError
+from privacy.fft_plans import forget_fft_plans
 from privacy.renyi import Renyi, epsilon_of_renyi, gaussian_renyi
 
 PRV_EPSILON_ERROR = 0.01
@@ -394,7 +395,7 @@ def _prv_epsilon(runs: tuple[_Run, ...], delta: float) -> float:
 
 @contextmanager
 def _refusing_failures(accountant: str, total_steps: int, delta: float) -> Iterator[None]:
-    """Turns whatever a library raises when it meets its limits into a refusal to answer."""
+    """Turns whatever a library raises at its limits into a refusal to answer, and keeps none of its plans."""
     try:
         yield
     except (ArithmeticError, RuntimeError, ValueError, IndexError) as error:
@@ -402,6 +403,8 @@ def _refusing_failures(accountant: str, total_steps: int, delta: float) -> Itera
             f"Expected the {accountant} accountant to bound {total_steps} steps at delta {delta:g}, got {error}; "
             "change noise_multiplier, sampling_rate or the number of steps, or raise delta."
         ) from error
+    finally:
+        forget_fft_plans()
 
 
 def _prv_mesh(total_steps: int, delta: float) -> float:

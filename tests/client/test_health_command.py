@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from client.run_site import _alone, is_served
+from client.site_lock import is_served, only_process
 from medfed.cli import main
 
 
@@ -12,13 +12,13 @@ def test_site_is_healthy_while_a_process_holds_it(
     make_consortium: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_consortium("north").sites["north"]
-    assert not is_served(folder)
+    assert not is_served(folder.root)
     assert not (folder.state / "lock").exists()
-    with _alone(folder):
-        assert is_served(folder)
+    with only_process(folder.root):
+        assert is_served(folder.root)
         main(["site", "health", str(folder.root)])
         assert "served" in capsys.readouterr().out
-    assert not is_served(folder)
+    assert not is_served(folder.root)
     with pytest.raises(SystemExit) as ended:
         main(["site", "health", str(folder.root)])
     assert ended.value.code == 11

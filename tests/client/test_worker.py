@@ -120,6 +120,7 @@ class Life:
         self.fail: Callable[[str], None] = lambda _: None
         self.trained: list[str] = []
         self.error: BaseException | None = None
+        self.epsilon: float | None = None
         self.session = Session()
         self.links: list[FakeLink] = []
 
@@ -141,7 +142,13 @@ class Life:
                 self.fail("before the reply is stored")
                 number = len(self.trained)  # like noise: another try would give another reply
                 stored = RoundReply(
-                    site="north", study_digest=DIGEST, round=1, attempt=1, num_examples=1, metrics={"loss": number}
+                    site="north",
+                    study_digest=DIGEST,
+                    round=1,
+                    attempt=1,
+                    num_examples=1,
+                    metrics={"loss": number},
+                    epsilon=self.epsilon,
                 ).to_fields()
                 store.keep(question, stored)
             self.fail("after the reply is stored")
@@ -206,6 +213,18 @@ def test_killed_at_any_step_a_site_gives_the_server_one_answer_and_the_same_byte
     assert len(life.departures) >= len(answers)  # what is not in the log has not left
     assert life.server.waiting == []
     assert Inbox(life.folder / "inflight").pending() is None
+
+
+@pytest.mark.parametrize(("epsilon", "returns"), [(None, 0), (0.5, 1)])
+def test_memory_is_given_back_after_a_reply_that_spent_something(
+    make_life: Callable[..., Life], monkeypatch: pytest.MonkeyPatch, epsilon: float | None, returns: int
+) -> None:
+    sent: list[int] = []
+    life = make_life(delivery())
+    life.epsilon = epsilon
+    monkeypatch.setattr("client.worker.return_free_memory", lambda: sent.append(len(life.server.answers)))
+    life.live()
+    assert sent == [1] * returns  # after the answer, so that nobody waits for it
 
 
 @pytest.mark.parametrize("step", STEPS)

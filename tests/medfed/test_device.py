@@ -1,5 +1,8 @@
 """Devices: one rule, and the same code on a GPU where there is one."""
 
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +43,29 @@ def test_cpu_computes_in_full_precision() -> None:
 def test_preparing_the_cpu_fixes_the_number_of_threads() -> None:
     prepare_cpu(1)
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_free_memory_is_returned_although_the_allocator_keeps_it_between_steps() -> None:
+    """In a process of its own: how the allocator is set cannot be undone."""
+    code = """
+import torch
+from psutil import Process
+from medfed.device import prepare_cpu, return_free_memory
+prepare_cpu(1)
+resident = [Process().memory_info().rss]
+blocks = [torch.ones(2**18) for _ in range(64)]
+below_the_top = torch.ones(1000)
+del blocks
+resident += [Process().memory_info().rss]
+return_free_memory()
+resident += [Process().memory_info().rss]
+print((resident[1] - resident[0]) // 2**20, (resident[2] - resident[0]) // 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept >= 60
+    assert left <= 4
 
 
 @pytest.mark.gpu
