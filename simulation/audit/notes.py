@@ -112,7 +112,8 @@ def _of_search(searched: AdapterInversion | None) -> str:
     return (
         f"The search for an image behind the adapter's own update had {searched.num_values} numbers of a step on that "
         f"image alone, the annotation, and {searched.steps} steps to find {searched.num_pixels} pixels. It looks at "
-        "the direction of the update, which clipping does not change. It has found something of the patient only where "
-        f"it ends closer to the original than the mean of the other images, SSIM {searched.mean_ssim:.2f}. A search "
-        "that fails proves nothing: more steps or a better idea of what images look like may succeed."
+        "the direction of the update, which clipping does not change. It has found something of the patient only "
+        "where it ends closer to the original than the mean of the other images, SSIM "
+        f"{searched.mean_ssim:.2f}. A search that fails proves nothing: more steps or a better idea of what images "
+        "look like may succeed."
     )

@@ -36,7 +36,7 @@ from simulation.audit.membership import losses_by_patient, membership
 from simulation.audit.newcomers import newcomers, num_made
 from simulation.audit.notes import Demonstration, notes
 from simulation.audit.scene import Scene
-from simulation.audit.shadows import FEWEST, Population, shadow_attack
+from simulation.audit.shadows import FEWEST, Population, Shadows, scores_of, shadow_attack, train_shadows
 from simulation.audit.steps import SiteTraining
 from simulation.audit.whitebox import play, run_once
 from simulation.overlays import displayable
@@ -271,23 +271,28 @@ def _membership(scene: Scene, released: Callable[[Site], ModelState]) -> tuple[M
     )
 
 
-def _shadows(scene: Scene, released: ModelState, num_shadows: int, reporter: Reporter) -> ShadowAttack:
+def site_shadows(scene: Scene, num_shadows: int, reporter: Reporter) -> tuple[Training, Population, Shadows]:
     """Shadows of the site alone. Made-up cohorts are filled up with as many non-members as there are members."""
     members = {item.patient_id for item in scene.cohort.train}
     held_out = {item.patient_id for item in scene.cohort.test}
     count = max(0, len(members) - len(held_out)) if scene.is_made_up else 0
     reporter.start("making virtual patients", num_made(scene, count))
     made = newcomers(scene, count, done=reporter.step)
-    training = _alone(scene)
+    training, population = _alone(scene), Population(scene.cohort.train, (*scene.cohort.test, *made), count)
     reporter.start("shadow adapters", num_shadows * scene.study.rounds.num_rounds)
+    shadows = train_shadows(
+        training, population, num_shadows=num_shadows, coins=RandomStream.from_system(), done=reporter.step
+    )
+    return training, population, shadows
+
+
+def _shadows(scene: Scene, released: ModelState, num_shadows: int, reporter: Reporter) -> ShadowAttack:
+    training, population, shadows = site_shadows(scene, num_shadows, reporter)
     return shadow_attack(
-        training,
-        Population(scene.cohort.train, (*scene.cohort.test, *made), count),
-        released=released,
-        num_shadows=num_shadows,
-        coins=RandomStream.from_system(),
+        shadows,
+        population,
+        released_N=scores_of(training, population.items, released),
         generator=np.random.default_rng(scene.study.seed),
-        done=reporter.step,
     )
 
 

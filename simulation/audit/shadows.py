@@ -43,6 +43,16 @@ class Population:
     others: Sequence[Item]
     num_newcomers: int
 
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """All images, those of members first."""
+        return (*self.members, *self.others)
+
+    @property
+    def num_members(self) -> int:
+        """Patients among the members."""
+        return len({item.patient_id for item in self.members})
+
 
 @dataclass(frozen=True, eq=False)
 class Shadows:
@@ -69,9 +79,8 @@ def halves(num_shadows: int, num_patients: int, coins: RandomStream) -> NDArray[
 
 def train_shadows(
     training: Training,
-    items: Sequence[Item],
+    population: Population,
     *,
-    usual_patients: int,
     num_shadows: int,
     coins: RandomStream,
     noise: Callable[[], RandomStream] = RandomStream.from_system,
@@ -81,18 +90,19 @@ def train_shadows(
 
     Args:
         training: of the site.
-        items: images of all N patients.
-        usual_patients: who train at the site; private steps are divided by as much less as the halves are smaller.
+        population: its N patients. Where half of them are fewer than train at the site, private steps are divided by
+            as much less.
         num_shadows: K.
         coins: draws the halves.
         noise: a new stream for each round of private training.
         done: called after each round of each.
     """
+    items = population.items
     patients = list(dict.fromkeys(item.patient_id for item in items))
     included_KN = halves(num_shadows, len(patients), coins)
     num_trained = len(patients) // 2
     if training.declared_units is not None:
-        declared = max(1, round(training.declared_units * num_trained / usual_patients))
+        declared = max(1, round(training.declared_units * num_trained / population.num_members))
         training = replace(training, declared_units=declared)
     unit = "patient" if training.plan is None else training.plan.unit
     scores = []
@@ -111,33 +121,21 @@ def scores_of(training: Training, items: Sequence[Item], state: ModelState) -> N
 
 
 def shadow_attack(
-    training: Training,
-    population: Population,
-    *,
-    released: ModelState,
-    num_shadows: int,
-    coins: RandomStream,
-    generator: np.random.Generator,
-    done: Callable[[], None] = lambda: None,
+    shadows: Shadows, population: Population, *, released_N: NDArray[np.float64], generator: np.random.Generator
 ) -> ShadowAttack:
-    """Trains shadows and attacks with them.
+    """Attacks with shadows of a population.
 
     Args:
-        training: of the site.
-        population: its patients.
-        released: the model that the run ended with, at this site.
-        num_shadows: K.
-        coins: draws the halves.
+        shadows: of its patients, members first.
+        population: the patients.
+        released_N: scaled loss of each patient on the adapter that the run released.
         generator: draws the bootstrap.
-        done: called after each round of each shadow.
     """
-    members = len({item.patient_id for item in population.members})
-    items = (*population.members, *population.others)
-    shadows = train_shadows(training, items, usual_patients=members, num_shadows=num_shadows, coins=coins, done=done)
-    scores_N = at_the_shadows_level(scores_of(training, items, released), shadows.scores_KN)
+    members = population.num_members
+    scores_N = at_the_shadows_level(released_N, shadows.scores_KN)
     ratios_N = log_likelihood_ratios(scores_N, shadows.scores_KN, shadows.included_KN)
     return ShadowAttack(
-        num_shadows=num_shadows,
+        num_shadows=len(shadows.scores_KN),
         num_patients=len(scores_N),
         num_newcomers=population.num_newcomers,
         num_trained=shadows.num_trained,

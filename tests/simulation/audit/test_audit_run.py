@@ -110,7 +110,10 @@ def test_run_whose_noise_is_too_small_ends_with_exit_code_one(
 def test_run_without_privacy_has_attacks_and_no_claim(
     make_study: Callable[..., StudyConfig], make_run: MakeRun
 ) -> None:
-    result = audit_run(make_run(make_study()), effort=LITTLE)
+    result = audit_run(make_run(make_study()), effort=Effort(runs=60, canaries=12, shadows=8, inversion_steps=1))
+    assert result.shadows is not None
+    assert result.shadows.released[1].attack == "likelihood-ratio"
+    assert result.adapter_inversion is not None
     assert [(bound.attack, bound.claimed) for bound in result.bounds] == [("one-run-images", None)]
     assert result.claimed is None
     assert not result.refuted

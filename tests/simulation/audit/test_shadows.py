@@ -47,6 +47,10 @@ def patients() -> tuple[Item, ...]:
     )
 
 
+def population() -> Population:
+    return Population(patients()[: PATIENTS // 2], patients()[PATIENTS // 2 :], num_newcomers=0)
+
+
 def training(*, privacy: dict[str, Any] | None = None) -> Training:
     study = StudyConfig.model_validate(
         {
@@ -91,8 +95,7 @@ PRIVATE = {
 def shadows_of(*, private: bool) -> Shadows:
     return train_shadows(
         training(privacy=PRIVATE if private else None),
-        patients(),
-        usual_patients=PATIENTS // 2,
+        population(),
         num_shadows=SHADOWS,
         coins=RandomStream.for_simulation(0, "coins"),
         noise=iter([RandomStream.for_simulation(0, "noise", number) for number in range(2 * SHADOWS)]).__next__,
@@ -114,18 +117,13 @@ def test_private_model_tells_nothing() -> None:
 
 
 def test_released_adapter_is_attacked_by_shadows_of_other_halves() -> None:
-    site, items = training(), patients()
-    members, others = items[: PATIENTS // 2], items[PATIENTS // 2 :]
-    released = site.state([(item,) for item in members], lambda _: RandomStream.from_system(), lambda: None)
-    rounds = []
+    site, who, rounds = training(), population(), []
+    released = site.state([(item,) for item in who.members], lambda _: RandomStream.from_system(), lambda: None)
+    shadows = train_shadows(
+        site, who, num_shadows=8, coins=RandomStream.for_simulation(1, "coins"), done=lambda: rounds.append(1)
+    )
     found = shadow_attack(
-        site,
-        Population(members, others, num_newcomers=0),
-        released=released,
-        num_shadows=8,
-        coins=RandomStream.for_simulation(1, "coins"),
-        generator=np.random.default_rng(0),
-        done=lambda: rounds.append(1),
+        shadows, who, released_N=scores_of(site, who.items, released), generator=np.random.default_rng(0)
     )
     assert len(rounds) == 8 * 2
     assert (found.num_shadows, found.num_patients, found.num_trained) == (8, PATIENTS, PATIENTS // 2)
