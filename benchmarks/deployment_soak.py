@@ -4,8 +4,9 @@
 
 Starts ``medfed server start``, ``medfed server run`` and a ``medfed site start`` for each site, and looks at each
 process every two seconds: private and resident memory, open files, sockets, threads. After a warm-up of a tenth of
-the rounds, each process's private memory is fitted against rounds (Theil-Sen on the least of each of twenty blocks: what
-is at work comes and goes, a leak stays, and neighbouring samples do not count as many; 95 % interval). Exits with 0 only when every bound holds.
+the rounds, each process's private memory is fitted against rounds: Theil-Sen on the least of each of twenty blocks,
+with a 95 % interval. What is at work comes and goes, a leak stays, and neighbouring samples do not count as many.
+Exits with 0 only when every bound holds.
 
 FOLDER must not exist; everything is written into it and stays there, and ``--again`` judges it once more.
 """
