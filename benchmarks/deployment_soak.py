@@ -4,8 +4,9 @@
 
 Starts ``medfed server start``, ``medfed server run`` and a ``medfed site start`` for each site, and looks at each
 process every two seconds: private and resident memory, open files, sockets, threads. After a warm-up of a tenth of
-the rounds, each process's private memory is fitted against rounds (Theil-Sen on the medians of twenty blocks, so that
-neighbouring samples do not count as many; 95 % interval). Exits with 0 only when every bound holds.
+the rounds, each process's private memory is fitted against rounds: Theil-Sen on the least of each of twenty blocks,
+with a 95 % interval. What is at work comes and goes, a leak stays, and neighbouring samples do not count as many.
+Exits with 0 only when every bound holds.
 
 FOLDER must not exist; everything is written into it and stays there, and ``--again`` judges it once more.
 """
@@ -150,11 +151,11 @@ class Slope:
 
 
 def slope_of(rounds: list[int], values: list[int]) -> Slope:
-    """Theil-Sen slope of block medians; as many blocks as there are samples, if those are few."""
+    """Theil-Sen slope of the least of each block; as many blocks as there are samples, if those are few."""
     size = max(1, len(rounds) // NUM_BLOCKS)
     starts = range(0, len(rounds) - size + 1, size)
     x = [statistics.median(rounds[start : start + size]) for start in starts]
-    y = [statistics.median(values[start : start + size]) for start in starts]
+    y = [min(values[start : start + size]) for start in starts]
     if len(set(x)) < 3:
         return Slope(float("nan"), float("nan"), float("nan"))
     slope, _, low, high = theilslopes(y, x)
@@ -169,7 +170,7 @@ def judge(name: str, samples: list[Sample], *, warm_up: int, long: bool) -> Iter
     slope = slope_of([sample.round for sample in kept], [sample.private_bytes for sample in kept])
     part = max(round(HEARTBEAT_S / LOOK_EVERY_S), len(kept) // 5)
     first, last = kept[:part], kept[-part:]
-    growth = statistics.median(s.private_bytes for s in last) - statistics.median(s.private_bytes for s in first)
+    growth = min(s.private_bytes for s in last) - min(s.private_bytes for s in first)
     yield Row(f"{name}: private memory", slope.bytes_per_round / KIB, "KiB/round", SLOPE_KIB if long else None)
     yield Row(f"{name}: private memory, low end of 95 %", slope.low / KIB, "KiB/round")
     yield Row(f"{name}: private memory, high end of 95 %", slope.high / KIB, "KiB/round")
