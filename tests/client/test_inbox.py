@@ -86,10 +86,10 @@ def test_a_reply_comes_back_byte_for_byte_and_a_damaged_one_is_asked_for_anew(tm
 
 def test_the_newest_replies_are_kept(tmp_path: Path) -> None:
     store = ReplyStore(tmp_path)
-    questions = [question_digest("train", {"header": str(number)}) for number in range(12)]
+    questions = [question_digest("train", {"header": str(number)}) for number in range(16)]
     for question in questions:
         store.keep(question, {"header": question})
-    assert [store.stored(question) is not None for question in questions] == [False] * 4 + [True] * 8
+    assert [store.stored(question) is not None for question in questions] == [False] * 4 + [True] * 12
 
 
 @given(st.dictionaries(st.sampled_from(["header", "study", "adapter"]), st.binary(max_size=4) | st.text(max_size=4)))

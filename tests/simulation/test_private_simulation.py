@@ -21,6 +21,7 @@ from medfed.study import StudyConfig
 from privacy.accounting import epsilon_spent
 from privacy.plan import PrivacyPlan
 from server.checkpoint import Checkpoint, read_checkpoint
+from server.evaluation import NotMeasured
 from server.privacy_statement import HELD_OUT, NO_NOISE, NO_PRIVACY
 from simulation.grid import InProcessGrid
 from simulation.harness import Run, simulate
@@ -81,6 +82,8 @@ def seeded(
         return made
 
     monkeypatch.setattr(simulation.harness, "write_cohort", write)
+    no_recipe = NotMeasured(why="these patients follow from no recipe")
+    monkeypatch.setattr(simulation.harness, "untrained_outlines", lambda *_: no_recipe)
 
     def make(**privacy: Any) -> StudyConfig:
         study = make_private_study(("west", "east"), **privacy)
