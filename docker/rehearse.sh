@@ -11,9 +11,10 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(mkdir -p "${1:?a folder}" && cd "$1" && pwd)
+chmod 755 "$work" # the person below works in it
 base=localhost/python:3.11-slim-bookworm
 person=4711 # who types the README's commands: not root, and not the user of an image
-needed="debootstrap podman runc netavark aardvark-dns catatonit python3-venv"
+needed="debootstrap podman runc netavark aardvark-dns catatonit iptables iproute2 python3-venv"
 
 fail() {
     echo "$*" >&2
