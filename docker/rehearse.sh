@@ -11,9 +11,10 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(mkdir -p "${1:?a folder}" && cd "$1" && pwd)
+chmod 755 "$work" # the person below works in it
 base=localhost/python:3.11-slim-bookworm
 person=4711 # who types the README's commands: not root, and not the user of an image
-needed="debootstrap podman runc netavark aardvark-dns catatonit python3-venv"
+needed="debootstrap podman runc netavark aardvark-dns catatonit iptables iproute2 python3-venv"
 
 fail() {
     echo "$*" >&2
@@ -25,10 +26,11 @@ if [ -z "${REHEARSAL_NETWORK:-}" ]; then # the rest runs in a network namespace 
     for package in $needed; do
         dpkg -s "$package" >/dev/null 2>&1 || fail "Expected $package, got none: apt-get install --no-install-recommends $needed"
     done
-    lacks=$(df --output=avail -B1G "$work" | tail -1)
-    [ "$lacks" -ge 6 ] || fail "Expected 6 GB free under $work, got $lacks."
+    free=$(df --output=avail -B1G "$work" | tail -1)
+    [ "$free" -ge 6 ] || fail "Expected 6 GB free under $work, got $free."
 fi
 
+SECONDS=${REHEARSAL_SECONDS:-0}
 step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 
 cat >"$work/containers.conf" <<END
@@ -77,11 +79,11 @@ if [ -z "${REHEARSAL_NETWORK:-}" ]; then
         /usr/bin/python3 -m venv "$work/compose" # user 4711 runs it, who may not see another Python
         "$work/compose/bin/python" -m pip install --quiet podman-compose
     }
-    REHEARSAL_NETWORK=own exec unshare --net "${BASH_SOURCE[0]}" "$work"
+    REHEARSAL_SECONDS=$SECONDS REHEARSAL_NETWORK=own exec unshare --net "${BASH_SOURCE[0]}" "$work"
 fi
 
 ip link set lo up
-trap 'podman rm --all --force --time 5 >/dev/null; kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+trap 'podman rm --all --force --time 30 >/dev/null 2>&1; kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 hardened=(--rm --no-healthcheck --read-only --read-only-tmpfs=false --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges --network none)
 for image in server site; do
     step "image of the $image, alone: its user, what it may write, its help, its health check without anything to check"
