@@ -407,6 +407,8 @@ class LinkGrid(Grid):
         self._on_reply = on_reply
         self._node = Node(node_id=SUPERLINK_NODE_ID)
         self._answered: set[str] = set()
+        self._seen: set[str] = set()
+        self._incomplete: list[_Arriving] = []
 
     def set_run(self, run: Run) -> None:
         """Make ``run`` the run of what is sent from now on."""
@@ -459,8 +461,15 @@ class LinkGrid(Grid):
         return [str(message_id) for message_id in response.message_ids]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Replies to these messages that are there whole by now, each once."""
-        arriving = self._announced(message_ids)
+        """Replies to these messages that are there whole by now, each once.
+
+        A reply is announced once, and may be so before its parts are there: it is then among those of a later call.
+        """
+        unanswered = [message_id for message_id in message_ids if message_id not in self._seen]
+        arriving, self._incomplete = self._incomplete, []
+        if unanswered:  # the SuperLink calls a message lost whose reply it has announced
+            arriving = [*arriving, *self._announced(unanswered)]
+            self._seen |= self._answered
         replies = []
         for one in arriving:
             try:
@@ -468,7 +477,9 @@ class LinkGrid(Grid):
             except MessageError as error:
                 _log.warning("event=unreadable_reply why=%s", error)
                 continue
-            if reply is not None:
+            if reply is None:
+                self._incomplete.append(one)
+            else:
                 replies.append(reply)
         return replies
 

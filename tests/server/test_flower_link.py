@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.app.message import make_message
+from flwr.app.message import make_message, remove_content_from_message
 from flwr.app.metadata import Metadata
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.common.serde import message_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 
 import medfed.flower_version
 from client.flower_link import FleetLink
@@ -129,3 +130,40 @@ def test_a_part_that_messages_share_travels_once() -> None:
     assert len(announced) == 1
     assert len([content for content in pushed if adapter in content]) == 1
     assert grid.push_messages([]) == []
+
+
+def test_a_reply_that_is_announced_before_it_is_there_is_not_lost() -> None:
+    reply = make_message(
+        Metadata(1, "", 7, 1, "asked", "3", 1.0, 60.0, "train"), content=RecordDict({"r": ConfigRecord({"a": b"x"})})
+    )
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    parts = {digest: part.deflate() for digest, part in get_all_nested_objects(reply).items()}
+    asked: list[list[str]] = []
+    looks = 0
+
+    def call(_: object, request: Any) -> Any:
+        nonlocal looks
+        if hasattr(request, "message_ids"):
+            asked.append(list(request.message_ids))
+            proto = message_to_proto(remove_content_from_message(reply))
+            return SimpleNamespace(messages_list=[proto], message_object_trees=[get_object_tree(reply)])
+        if hasattr(request, "object_id"):
+            looks += 1
+            is_there = looks > 1
+            return SimpleNamespace(
+                object_found=True, object_available=is_there, object_content=parts[request.object_id]
+            )
+        return None
+
+    grid = LinkGrid(
+        SimpleNamespace(call=call),  # type: ignore[arg-type]
+        SimpleNamespace(PullMessages=None, PullObject=None, ConfirmMessageReceived=None),  # type: ignore[arg-type]
+        SimpleNamespace(run_id=1),  # type: ignore[arg-type]
+        on_sent=lambda _: None,
+        on_reply=lambda _: None,
+    )
+    assert grid.pull_messages(["asked"]) == []
+    (found,) = grid.pull_messages(["asked"])
+    assert found.metadata.reply_to_message_id == "asked"
+    assert asked == [["asked"]]
+    assert grid.pull_messages(["asked"]) == []
