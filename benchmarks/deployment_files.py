@@ -12,7 +12,6 @@ fitted as in ``deployment_soak.py``. FOLDER must not exist.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -28,7 +27,7 @@ from local_consortium import REPOSITORY, LocalConsortium
 
 from server.flower_link import StudyRun, register_sites
 from server.service import superlink_of
-from simulation.bench.rows import Row, printed, table, this_machine
+from simulation.bench.rows import Row, show, this_machine
 
 PAYLOAD_BYTES = 4_000
 NUM_PARTS = 10
@@ -121,13 +120,7 @@ def main() -> int:
     with LocalConsortium.make(asked.folder.resolve(), names) as consortium:
         samples, kinds = soak(consortium, asked.rounds)
     rows = list(judged(samples, kinds))
-    if asked.json:
-        print(json.dumps(printed(rows, machine)))
-    else:
-        from rich.console import Console
-
-        Console().print(table(rows))
-    return 0 if all(row.holds for row in rows) else 1
+    return 0 if show(rows, machine, as_json=asked.json) else 1
 
 
 if __name__ == "__main__":

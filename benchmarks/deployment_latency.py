@@ -14,7 +14,6 @@ Then: bytes on the wire for 1M floats each way, counted by a proxy; what killing
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -36,7 +35,7 @@ from medfed.messages import RECORD_KEY, RoundInstruction
 from medfed.study import FEDERATED
 from server.flower_link import StudyRun, register_sites
 from server.service import superlink_of
-from simulation.bench.rows import Row, printed, table, this_machine
+from simulation.bench.rows import Row, show, this_machine
 
 OURS, STOCK, COUNTED = ("ours-1", "ours-2"), ("stock-1", "stock-2"), "counted"
 SIZES = {"1k floats": 4_000, "1M floats": 4_000_000}
@@ -267,13 +266,7 @@ def main() -> int:
     machine = this_machine()
     with LocalConsortium.make(asked.folder.resolve(), [*OURS, *STOCK, COUNTED]) as consortium:
         rows = list(measure(consortium, asked.repeats, asked.stock_repeats))
-    if asked.json:
-        print(json.dumps(printed(rows, machine)))
-    else:
-        from rich.console import Console
-
-        Console().print(table(rows))
-    return 0 if all(row.holds for row in rows) else 1
+    return 0 if show(rows, machine, as_json=asked.json) else 1
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from local_consortium import LocalConsortium, tiny_study
 from scipy.stats import theilslopes
 
 from server.run_status import read_status
-from simulation.bench.rows import Row, printed, table, this_machine
+from simulation.bench.rows import Row, show, this_machine
 
 LOOK_EVERY_S = 2.0
 WARM_UP = 0.1
@@ -223,13 +223,7 @@ def main() -> int:
         disk = [asdict(look) for look in looks]
         kept.write_text(json.dumps({"samples": raw, "disk": disk, "machine": machine}))
     rows = list(judged(samples, looks, num_rounds=asked.rounds))
-    if asked.json:
-        print(json.dumps(printed(rows, machine)))
-    else:
-        from rich.console import Console
-
-        Console().print(table(rows))
-    return 0 if all(row.holds for row in rows) else 1
+    return 0 if show(rows, machine, as_json=asked.json) else 1
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 from safetensors.numpy import load_file
 
-from simulation.bench.rows import Row, printed, table, this_machine
+from simulation.bench.rows import Row, show, this_machine
 
 HERE = Path(__file__).resolve().parent
 PSS_INTERVAL_S = 0.1
@@ -190,13 +190,7 @@ def main() -> int:
     if options.quick:
         untimed = ("", "L2 ratio")
         rows = [row if row.unit in untimed else Row(row.name, row.value, row.unit, None) for row in rows]
-    if options.json:
-        print(json.dumps(printed(rows, machine)))
-    else:
-        from rich.console import Console
-
-        Console().print(table(rows))
-    return 0 if all(row.holds for row in rows) else 1
+    return 0 if show(rows, machine, as_json=options.json) else 1
 
 
 if __name__ == "__main__":

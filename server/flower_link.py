@@ -27,7 +27,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -377,6 +377,7 @@ class _Arriving:
 
     message_id: str
     missing: list[str]
+    reply_to: str = ""
     parts: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -407,7 +408,6 @@ class LinkGrid(Grid):
         self._on_reply = on_reply
         self._node = Node(node_id=SUPERLINK_NODE_ID)
         self._answered: set[str] = set()
-        self._seen: set[str] = set()
         self._incomplete: list[_Arriving] = []
 
     def set_run(self, run: Run) -> None:
@@ -465,23 +465,12 @@ class LinkGrid(Grid):
 
         A reply is announced once, and may be so before its parts are there: it is then among those of a later call.
         """
-        unanswered = [message_id for message_id in message_ids if message_id not in self._seen]
-        arriving, self._incomplete = self._incomplete, []
+        unanswered = [message_id for message_id in message_ids if message_id not in self._answered]
         if unanswered:  # the SuperLink calls a message lost whose reply it has announced
-            arriving = [*arriving, *self._announced(unanswered)]
-            self._seen |= self._answered
-        replies = []
-        for one in arriving:
-            try:
-                reply = self._whole(one)
-            except MessageError as error:
-                _log.warning("event=unreadable_reply why=%s", error)
-                continue
-            if reply is None:
-                self._incomplete.append(one)
-            else:
-                replies.append(reply)
-        return replies
+            announced = self._announced(unanswered)
+            self._answered |= {one.reply_to for one in announced}
+            self._incomplete += announced
+        return list(self._taken(self._incomplete))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send, and take what comes back in time, in the order in which it comes."""
@@ -493,20 +482,11 @@ class LinkGrid(Grid):
         while (waiting or arriving) and time.monotonic() < end:
             if waiting and (announced := self._announced(waiting)):
                 arriving += announced
+                waiting -= {one.reply_to for one in announced}
                 last_reply_s = time.monotonic()
-            for one in tuple(arriving):
-                try:
-                    reply = self._whole(one)
-                except MessageError as error:
-                    arriving.remove(one)
-                    _log.warning("event=unreadable_reply why=%s", error)
-                    continue
-                if reply is None:
-                    continue
-                arriving.remove(one)
+            for reply in self._taken(arriving):
                 replies.append(reply)
                 self._on_reply(reply)
-            waiting -= self._answered
             if waiting or arriving:
                 now_s = time.monotonic()
                 time.sleep(max(0.0, min(pause_s(now_s - last_reply_s, _LONGEST_POLL_S), end - now_s)))
@@ -515,11 +495,27 @@ class LinkGrid(Grid):
     def _announced(self, message_ids: Iterable[str]) -> list[_Arriving]:
         request = PullAppMessagesRequest(message_ids=list(message_ids))
         response = self._superlink.call(self._client.PullMessages, request)
-        self._answered = {proto.metadata.reply_to_message_id for proto in response.messages_list}
         return [
-            _Arriving(proto.metadata.message_id, [part.object_id for part in iterate_object_tree(tree)])
+            _Arriving(
+                proto.metadata.message_id,
+                [part.object_id for part in iterate_object_tree(tree)],
+                proto.metadata.reply_to_message_id,
+            )
             for proto, tree in zip(response.messages_list, response.message_object_trees, strict=True)
         ]
+
+    def _taken(self, arriving: list[_Arriving]) -> Iterator[Message]:
+        """The replies that are there whole by now; they leave the list, as do those whose parts make no message."""
+        for one in tuple(arriving):
+            try:
+                reply = self._whole(one)
+            except MessageError as error:
+                arriving.remove(one)
+                _log.warning("event=unreadable_reply why=%s", error)
+                continue
+            if reply is not None:
+                arriving.remove(one)
+                yield reply
 
     def _whole(self, arriving: _Arriving) -> Message | None:
         """The reply, if its last parts are there now; each part is asked for once.

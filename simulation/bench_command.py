@@ -117,15 +117,11 @@ def _print(measure: Callable[[Reporter], list[Row]], *, as_json: bool) -> None:
     """Measures under a bar, prints the rows, and ends with exit code 1 if a target is missed."""
     from rich.console import Console
 
-    from simulation.bench.rows import printed, table, this_machine
+    from simulation.bench.rows import show, this_machine
     from simulation.progress import bar
 
     machine = this_machine()
     with bar(Console(stderr=True, quiet=as_json)) as reporter:
         rows = measure(reporter)
-    if as_json:
-        typer.echo(json.dumps(printed(rows, machine)))
-    else:
-        Console().print(table(rows))
-    if not all(row.holds for row in rows):
+    if not show(rows, machine, as_json=as_json):
         sys.exit(1)

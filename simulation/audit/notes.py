@@ -94,7 +94,7 @@ def notes(
 
 def _of_shadows(shadows: ShadowAttack | None) -> str:
     if shadows is None:
-        return "No shadow adapters were trained; --shadows 16 trains them, for the strongest attack on membership."
+        return "No shadow adapters were trained; --shadows 16 trains them, for a stronger attack on membership."
     ratio = next(one for one in shadows.alone if one.attack == "likelihood-ratio")
     told = "better than by guessing" if ratio.low > _GUESS else "no better than by guessing"
     made = f", {shadows.num_newcomers} of them made for the attack" if shadows.num_newcomers else ""

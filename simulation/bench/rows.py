@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -50,6 +51,17 @@ class Row:
 def printed(rows: Sequence[Row], machine: dict[str, object]) -> dict[str, object]:
     """The object that ``--json`` prints."""
     return {"rows": [row.facts for row in rows], "machine": machine, "versions": _versions()}
+
+
+def show(rows: Sequence[Row], machine: dict[str, object], *, as_json: bool) -> bool:
+    """Print the rows, as one JSON object or as a table; whether all of them hold."""
+    if as_json:
+        print(json.dumps(printed(rows, machine)))
+    else:
+        from rich.console import Console
+
+        Console().print(table(rows))
+    return all(row.holds for row in rows)
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -65,7 +65,7 @@ print((resident[1] - resident[0]) // 2**20, (resident[2] - resident[0]) // 2**20
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     kept, left = map(int, done.stdout.split())
     assert kept >= 60
-    assert left <= 4
+    assert left <= kept // 4  # the rest is what the first tensors of a process load
 
 
 @pytest.mark.gpu
