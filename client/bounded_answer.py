@@ -4,7 +4,7 @@
 request            limit of its answer
 =================  ==========================================================================
 part of a message  :data:`medfed.messages.MAX_MESSAGE_BYTES`, and room for the frame around it
-anything else      :data:`MAX_ANSWER_BYTES`
+anything else      :data:`medfed.messages.MAX_ENVELOPE_BYTES`
 =================  ==========================================================================
 
 An answer that is compressed is refused: what it would grow to cannot be told from its length.
@@ -17,12 +17,8 @@ from collections.abc import Iterator
 import httpx
 
 from medfed.errors import LinkDownError
-from medfed.messages import MAX_MESSAGE_BYTES, told
+from medfed.messages import MAX_ENVELOPE_BYTES, MAX_MESSAGE_BYTES, MESSAGE_FRAME_BYTES, told
 
-MAX_ANSWER_BYTES = 4 * 2**20
-"""Of what is no part of a message: ids, states, and what is said of a message before its parts are asked for."""
-
-_FRAME_BYTES = 2**16
 _PART_PATH = "/pull-object"
 
 
@@ -57,7 +53,7 @@ def bound_answers(client: httpx.Client) -> None:
 
 def _bound(response: httpx.Response) -> None:
     path = response.request.url.path
-    limit = MAX_MESSAGE_BYTES + _FRAME_BYTES if path.endswith(_PART_PATH) else MAX_ANSWER_BYTES
+    limit = MAX_MESSAGE_BYTES + MESSAGE_FRAME_BYTES if path.endswith(_PART_PATH) else MAX_ENVELOPE_BYTES
     encoding = response.headers.get("content-encoding", "identity")
     if encoding != "identity":
         response.close()

@@ -22,9 +22,15 @@ Fields = dict[str, str | bytes]
 """What a message is on the wire: ``header`` (JSON) and byte fields."""
 
 MAX_MESSAGE_BYTES = 256 * 2**20
-"""No message is larger, and a site reads no more: 64 million numbers, many times what adapters have.
+"""No message is larger, and neither end reads more: 64 million numbers, many times what adapters have.
 
 A study that needs more cannot be signed."""
+
+MESSAGE_FRAME_BYTES = 2**16
+"""Room for what Flower puts around a part of a message."""
+
+MAX_ENVELOPE_BYTES = 4 * 2**20
+"""Of what is no part of a message: ids, states, and what is said of a message before its parts are asked for."""
 
 MAX_MESSAGE_PARTS = 16
 """Flower takes a message apart: one of ours into the message, its records, and our record."""

@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -76,7 +77,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from medfed.errors import LinkDownError, LinkError, MessageError
 from medfed.flower_version import require_flower
+from medfed.messages import MAX_MESSAGE_BYTES, MAX_MESSAGE_PARTS
 from medfed.polling import pause_s
+from server.bounded_request import refusal_of_body
 
 _log = logging.getLogger("medfed.server.flower_link")
 
@@ -129,7 +132,8 @@ class GuardedService:
     """An ASGI app that lets everybody reach a site's paths, and the rest only with proof of the secret.
 
     Flower's service answers administrative requests (register a site, start and stop runs) of whoever reaches its
-    port; sites must be able to reach that port.
+    port; sites must be able to reach that port. Bodies longer than ours are refused unread
+    (:mod:`server.bounded_request`).
 
     Args:
         service: what is guarded.
@@ -142,14 +146,19 @@ class GuardedService:
         self._version = json.dumps({"info": {"version": require_flower()}}).encode()
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
-        """Pass a request on, or answer 404 as if there were nothing."""
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and self._may(scope)):
+        """Pass a request on, or refuse it: 404 as if there were nothing, or by the length of its body."""
+        if scope["type"] == "lifespan":
             await self._service(scope, receive, send)
-        elif scope["type"] == "http":
-            status, body = (200, self._version) if scope["path"] == _VERSION_PATH else (404, b"")
-            await send({"type": "http.response.start", "status": status, "headers": []})
-            await send({"type": "http.response.body", "body": body})
-        # a web socket is neither, and is refused by saying nothing
+        elif scope["type"] != "http":
+            return  # a web socket is refused by saying nothing
+        elif (refusal := refusal_of_body(scope["path"], scope["headers"])) is not None:
+            await _answer(send, refusal)
+        elif self._may(scope):
+            await self._service(scope, receive, send)
+        elif scope["path"] == _VERSION_PATH:
+            await _answer(send, HTTPStatus.OK, self._version)
+        else:
+            await _answer(send, HTTPStatus.NOT_FOUND)
 
     def _may(self, scope: Mapping[str, Any]) -> bool:
         path = str(scope["path"])
@@ -157,6 +166,11 @@ class GuardedService:
             return True
         given = [value for name, value in scope["headers"] if name == CONTROL_HEADER.encode()]
         return len(given) == 1 and hmac.compare_digest(given[0], self._proof)
+
+
+async def _answer(send: Any, status: HTTPStatus, body: bytes = b"") -> None:
+    await send({"type": "http.response.start", "status": int(status), "headers": []})
+    await send({"type": "http.response.body", "body": body})
 
 
 @dataclass(frozen=True)
@@ -221,6 +235,7 @@ def serve_superlink(files: SuperLinkFiles, *, host: str, port: int, health_addre
         access_log=False,  # every site asks for mail several times a second
         log_level="warning",
         workers=1,
+        ws="none",
     )
 
 
@@ -521,8 +536,10 @@ class LinkGrid(Grid):
         """The reply, if its last parts are there now; each part is asked for once.
 
         Raises:
-            MessageError: if all parts are there and make no message; it was confirmed, and counts as no reply.
+            MessageError: if all parts are there and make no message, or are more than ours are; it counts as no reply.
         """
+        if (num_parts := len(arriving.parts) + len(arriving.missing)) > MAX_MESSAGE_PARTS:
+            raise MessageError(f"Expected a reply of at most {MAX_MESSAGE_PARTS} parts, got one of {num_parts}.")
         for digest in tuple(arriving.missing):
             request = PullObjectRequest(node=self._node, run_id=self._run.run_id, object_id=digest)
             response = self._superlink.call(self._client.PullObject, request)
@@ -530,6 +547,8 @@ class LinkGrid(Grid):
                 return None
             arriving.parts[digest] = bytes(response.object_content)
             arriving.missing.remove(digest)
+            if sum(map(len, arriving.parts.values())) > MAX_MESSAGE_BYTES:
+                raise MessageError(f"Expected a reply of at most {MAX_MESSAGE_BYTES} bytes, got a longer one.")
         confirmed = ConfirmMessageReceivedRequest(
             node=self._node, run_id=self._run.run_id, message_object_id=arriving.message_id
         )

@@ -208,8 +208,9 @@ class Deployment:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as other:
+            self.port, health_port = free.getsockname()[1], other.getsockname()[1]
+        self.health_address = f"127.0.0.1:{health_port}"
         file = root / "CONSORTIUM.toml"
         listed = "".join(f'[[sites]]\nname = "{site}"\n' for site in SITES)
         file.write_text(f'name = "brains"\n[server]\nhost = "127.0.0.1"\nport = {self.port}\n{listed}')
@@ -229,7 +230,8 @@ class Deployment:
         self.superlink = self.start_superlink()
 
     def start_superlink(self) -> Process:
-        self.superlink = Process(self.root / "superlink.log", "server", "start", self.coordinator.root)
+        asked = ("server", "start", self.coordinator.root, "--health", self.health_address)
+        self.superlink = Process(self.root / "superlink.log", *asked)
         return self.superlink
 
     def start_site(self, site: str, environment: dict[str, str] | None = None, inside: tuple[str, ...] = ()) -> Process:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 
 from server.consortium_folder import open_consortium
@@ -56,6 +57,23 @@ def test_site_reaches_the_server_through_its_proxy_alone(deployment) -> None:
     north.says("event=connected")
     assert deployment.proxy.asked[asked:]
     assert set(deployment.proxy.asked) == {f"127.0.0.1:{deployment.port}"}
+
+
+def test_a_body_longer_than_ours_are_is_refused_before_it_comes(deployment) -> None:
+    context = ssl.create_default_context(cafile=deployment.coordinator.ca_certificate)
+    head = f"POST /v1/fleet/push-object HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {2**30}\r\n\r\n"
+    with (
+        socket.create_connection(("127.0.0.1", deployment.port), timeout=10) as connection,
+        context.wrap_socket(connection, server_hostname="127.0.0.1") as wrapped,
+    ):
+        wrapped.sendall(head.encode())
+        assert wrapped.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
+def test_grpc_health_check_answers_while_the_superlink_serves(deployment) -> None:
+    with grpc.insecure_channel(deployment.health_address) as channel:
+        check = channel.unary_unary("/grpc.health.v1.Health/Check")
+        assert check(b"", timeout=10) == bytes([1 << 3, 1])  # field 1 of HealthCheckResponse is 1: SERVING
 
 
 def test_flipped_bits_are_refused_by_tls_and_sent_again(deployment, undisturbed: bytes, until: Callable) -> None:

@@ -305,7 +305,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> int:
     """Limits of a message and of other answers."""
     for module in (bounded_answer, flower_link):
         monkeypatch.setattr(module, "MAX_MESSAGE_BYTES", 3 * 2**20)
-    monkeypatch.setattr(bounded_answer, "MAX_ANSWER_BYTES", 2 * 2**20)
+    monkeypatch.setattr(bounded_answer, "MAX_ENVELOPE_BYTES", 2 * 2**20)
     return 3 * 2**20
 
 

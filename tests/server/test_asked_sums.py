@@ -290,6 +290,24 @@ def test_another_plan_asks_nothing_again_and_a_damaged_file_is_refused(consortiu
             AskedSums(path, consortium.plan)
 
 
+@pytest.mark.parametrize("kept", ["nothing", "an older file"])
+def test_a_lost_or_older_file_asks_anew_and_is_charged_again(consortium: Consortium, kept: str) -> None:
+    """What the refusal of a damaged file says of removing it: the round goes on, with new keys and a new vector."""
+    path = consortium.folder / ASKED_SUMS
+    server = consortium.server()
+    server("train", 1)
+    older = path.read_bytes()
+    consortium.killed_after = "train"
+    with pytest.raises(ServerKilledError):
+        server("train", 2)
+    consortium.killed_after = ""
+    path.unlink()
+    if kept == "an older file":
+        path.write_bytes(older)
+    assert consortium.server()("train", 2).sites == SITES
+    assert consortium.vectors == [3] * 5
+
+
 def test_what_cannot_be_written_down_is_not_asked(consortium: Consortium) -> None:
     (consortium.folder / f".{ASKED_SUMS}.partial").mkdir()
     with pytest.raises(CheckpointError, match="make room, and resume"):

@@ -12,12 +12,15 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.app.metadata import Metadata
 from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 
 import medfed.flower_version
+import server.flower_link
 from client.flower_link import FleetLink
 from medfed.errors import LinkError
 from medfed.flower_version import WORKS_WITH, require_flower
+from medfed.messages import MAX_MESSAGE_PARTS
 from server.flower_link import CONTROL_HEADER, GuardedService, LinkGrid, StudyRun, SuperLinkAddress, control_proof
 
 SECRET = b"a secret of this test"
@@ -167,3 +170,34 @@ def test_a_reply_that_is_announced_before_it_is_there_is_not_lost() -> None:
     assert found.metadata.reply_to_message_id == "asked"
     assert asked == [["asked"]]
     assert grid.pull_messages(["asked"]) == []
+
+
+@pytest.mark.parametrize(("num_parts", "num_bytes"), [(MAX_MESSAGE_PARTS + 1, 1), (3, 1000)])
+def test_a_reply_of_more_than_ours_are_counts_as_none_and_the_rest_of_it_is_not_asked_for(
+    num_parts: int, num_bytes: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server.flower_link, "MAX_MESSAGE_BYTES", 1500)
+    proto = message_to_proto(
+        make_message(Metadata(1, "huge", 7, 1, "asked", "3", 1.0, 60.0, "train"), content=RecordDict())
+    )
+    tree = ObjectTree(object_id="0", children=[ObjectTree(object_id=str(part)) for part in range(1, num_parts)])
+    looks = 0
+
+    def call(_: object, request: Any) -> Any:
+        nonlocal looks
+        if hasattr(request, "message_ids"):
+            return SimpleNamespace(messages_list=[proto], message_object_trees=[tree])
+        looks += 1
+        return SimpleNamespace(object_found=True, object_available=True, object_content=bytes(num_bytes))
+
+    grid = LinkGrid(
+        SimpleNamespace(call=call),  # type: ignore[arg-type]
+        SimpleNamespace(PullMessages=None, PullObject=None),  # type: ignore[arg-type]
+        SimpleNamespace(run_id=1),  # type: ignore[arg-type]
+        on_sent=lambda _: None,
+        on_reply=lambda _: pytest.fail("a reply"),
+    )
+    assert grid.pull_messages(["asked"]) == []
+    assert grid.pull_messages(["asked"]) == []
+    assert looks == (0 if num_parts > MAX_MESSAGE_PARTS else 2)
+    assert "event=unreadable_reply why=Expected a reply of at most" in caplog.text
