@@ -228,8 +228,8 @@ class PrivacyConfig(Section):
         engine: how per-sample gradients are computed; ``auto`` takes the fastest that passes the self-check.
         evaluation: ``withheld``: held-out metrics never leave the site. ``exact``: they do, without noise;
             held-out patients are then not protected. ``{ noise_multiplier = z }``: noised counts do; the promise
-            then covers held-out patients too, and ``epsilon`` includes what they cost. With trust ``site`` and unit
-            ``patient``.
+            then covers held-out patients too, and ``epsilon`` includes what they cost. Each site noises its counts
+            alone, also with trust ``consortium``. With unit ``patient``.
     """
 
     trust: Literal["site", "consortium", "none"]
@@ -267,10 +267,10 @@ class PrivacyConfig(Section):
                 "trust = 'consortium' needs steps_per_round = 1, as only sums of one clipped gradient share their "
                 "noise; set 1 and more rounds, or trust = 'site'"
             )
-        if isinstance(self.evaluation, NoisedEvaluation) and (self.trust, self.unit) != ("site", "patient"):
+        if isinstance(self.evaluation, NoisedEvaluation) and (self.trust == "none" or self.unit != "patient"):
             raise ValueError(
-                "evaluation with noise_multiplier needs trust = 'site' and unit = 'patient', as each site noises the "
-                "counts of its patients alone; change them, or set evaluation = 'withheld'"
+                "evaluation with noise_multiplier needs unit = 'patient', as what is counted are patients, and trust = "
+                "'site' or 'consortium'; change them, or set evaluation = 'withheld'"
             )
         if (self.unit == "patient") != (self.images_per_patient is not None):
             raise ValueError("images_per_patient belongs to unit = 'patient' and to no other; add or remove it")

@@ -80,7 +80,8 @@ class PrivacyPlan:
         min_honest: h, honest sites in a sum at least; >= 1, for ``consortium`` and None otherwise.
         num_parameters: P, elements of the sum; likewise.
         evaluation_noise: standard deviation of the noise on released counts of held-out patients, over the length of
-            what one of them adds; > 0, for trust ``site`` and unit ``patient``; None where no noised counts leave.
+            what one of them adds; > 0, for unit ``patient``; None where no noised counts leave. Each site adds all of
+            it, also with trust ``consortium``.
         num_evaluations: releases of such counts over the whole study; >= 1 with ``evaluation_noise``, else 0.
 
     Raises:
@@ -156,10 +157,10 @@ class PrivacyPlan:
                     f"Expected evaluation_noise for {self.num_evaluations!r} evaluations, got none; give it."
                 )
             return
-        if (self.trust, self.unit) != ("site", "patient"):
+        if self.trust == "none" or self.unit != "patient":
             raise PrivacyError(
-                f"Expected evaluation_noise with trust 'site' and unit 'patient' alone, got {self.trust!r} and "
-                f"{self.unit!r}; remove it."
+                f"Expected evaluation_noise with trust 'site' or 'consortium' and unit 'patient' alone, got "
+                f"{self.trust!r} and {self.unit!r}; remove it."
             )
         if not (is_number(self.evaluation_noise) and self.evaluation_noise > 0):
             raise PrivacyError(
@@ -210,14 +211,15 @@ class PrivacyPlan:
             StudyError: if a study has to be resolved first.
         """
         assert study.privacy is not None
+        noised = study.num_evaluations if study.noises_evaluation else 0
         if study.privacy.trust != "consortium":
-            noised = study.num_evaluations if study.noises_evaluation else 0
             return cls.of(study.privacy, study.rounds.num_rounds, num_evaluations=noised)
         return cls.of(
             study.privacy,
             study.rounds.num_rounds,
             min_honest=study.secure_quorum.min_honest,
             num_parameters=study.resolved_manifest.num_elements,
+            num_evaluations=noised,
         )
 
     @classmethod
@@ -469,6 +471,7 @@ def _calibrated_noise(config: PrivacyConfig, plan: Callable[[float], PrivacyPlan
             steps=checked.total_steps,
             num_parameters=checked.num_parameters,
             noise_std_integer=NOISE_STD_INTEGER,
+            beside=checked.evaluations,
         ).noise_multiplier
     return calibrate_noise(
         epsilon=config.epsilon,

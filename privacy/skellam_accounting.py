@@ -24,7 +24,7 @@ All epsilons hold under add/remove adjacency. Nothing here checks that noise was
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from medfed.errors import PrivacyError
 from privacy.accounting import (
     NOISE_DECIMALS,
+    NoisedSteps,
     epsilon_spent,
     is_count,
     is_number,
@@ -137,6 +138,7 @@ def calibrate_skellam(
     steps: int,
     num_parameters: int,
     noise_std_integer: int,
+    beside: Sequence[NoisedSteps] = (),
 ) -> SkellamMechanism:
     """The mechanism of least noise whose epsilon is at most the target.
 
@@ -157,6 +159,7 @@ def calibrate_skellam(
         noise_std_integer: largest standard deviation of the noise on the sum, in integers; >= 1. Epsilon hardly depends
             on it (less than 1e-6 of the curve at 2**12). What coarse integers cost is signal: rounding shortens each
             patient by about d / (12 D2^2) of its length (:func:`~privacy.integer_clipping.rounded_within`).
+        beside: what else is spent on the same cohort under the same epsilon, its noise given.
 
     Raises:
         PrivacyError: if an argument is outside its range, or no noise up to D2 = 1 reaches the target.
@@ -171,11 +174,13 @@ def calibrate_skellam(
             f"Expected noise_std_integer as an integer >= 1, got {noise_std_integer!r}; 2**16 fits sums of 32 bits."
         )
     noisiest = SkellamMechanism(float(noise_std_integer), sampling_rate, steps, 1, num_parameters)
-    return _calibrated(float(epsilon), float(delta), noisiest)
+    return _calibrated(float(epsilon), float(delta), noisiest, tuple(beside))
 
 
 @lru_cache(maxsize=256)
-def _calibrated(epsilon: float, delta: float, noisiest: SkellamMechanism) -> SkellamMechanism:
+def _calibrated(
+    epsilon: float, delta: float, noisiest: SkellamMechanism, beside: tuple[NoisedSteps, ...]
+) -> SkellamMechanism:
     """The least noise that reaches the target, with ``noisiest`` at D2 = 1 as the most that is tried."""
     noise_std_integer = int(noisiest.noise_multiplier)
     ticks_per_unit = 10**NOISE_DECIMALS
@@ -189,19 +194,24 @@ def _calibrated(epsilon: float, delta: float, noisiest: SkellamMechanism) -> Ske
             num_parameters=noisiest.num_parameters,
         )
 
-    least = epsilon_spent([noisiest], delta).value
+    least = epsilon_spent([noisiest, *beside], delta).value
     if least > epsilon:
+        besides = " and what is spent beside it" if beside else ""
         raise PrivacyError(
-            f"Expected noise of standard deviation {noise_std_integer} on integers to reach epsilon {epsilon:g}, got "
-            f"{least:.4g} even where one unit moves the sum by 1; raise noise_std_integer, epsilon or delta, or lower "
-            "sampling_rate or the number of steps."
+            f"Expected noise of standard deviation {noise_std_integer} on integers{besides} to reach epsilon "
+            f"{epsilon:g}, got {least:.4g} even where one unit moves the sum by 1; raise noise_std_integer, epsilon or "
+            f"delta, or lower sampling_rate or the number of steps{', or noise more what is beside' if beside else ''}."
         )
-    return at(_smallest_up_to(noise_std_integer * ticks_per_unit, lambda ticks: _reaches(at(ticks), epsilon, delta)))
+
+    def reaches(ticks: int) -> bool:
+        return _reaches([at(ticks), *beside], epsilon, delta)
+
+    return at(_smallest_up_to(noise_std_integer * ticks_per_unit, reaches))
 
 
-def _reaches(mechanism: SkellamMechanism, epsilon: float, delta: float) -> bool:
+def _reaches(mechanisms: Sequence[NoisedSteps], epsilon: float, delta: float) -> bool:
     try:
-        return epsilon_spent([mechanism], delta).value <= epsilon
+        return epsilon_spent(mechanisms, delta).value <= epsilon
     except PrivacyError:  # noise too small for any finite bound
         return False
 

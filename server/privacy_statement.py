@@ -23,6 +23,7 @@ NO_NOISE = (
     "For comparison with private runs, never for patients."
 )
 HELD_OUT = "Metrics of held-out patients leave the sites without noise: the promise covers training patients only."
+ALONE_NOISED = " Scores of held-out patients come from counts that each site noises alone."
 BESIDE_THE_RUN = "The scores of single sites shown here were computed beside the run, as only a simulation can."
 
 
@@ -51,7 +52,7 @@ def privacy_statement(
     promise = (
         f"Differential privacy for {who}: epsilon {worst.epsilon_shown} at delta {plan.delta:g} at the site that "
         f"spent most, over all rounds, adding or removing one {plan.unit}. {_where_noise_is_added(study)}"
-        f"{' Scores of held-out patients come from noised counts.' if study.noises_evaluation else ''}"
+        f"{ALONE_NOISED if study.noises_evaluation else ''}"
     )
     held_out = (HELD_OUT,) if study.shows_held_out else ()
     return PrivacyStatement(

@@ -233,8 +233,6 @@ def _release(plan: PrivacyPlan, units: Sequence[int], num_parameters: int, *, un
 def _other_mode(study: StudyConfig, plan: PrivacyPlan) -> tuple[NoiseMode | None, str]:
     """The way of adding noise that the study does not use, at its epsilon and steps; or why there is none."""
     assert study.privacy is not None
-    if study.noises_evaluation:
-        return None, "evaluation with noise_multiplier needs trust = 'site'"
     given = study.privacy.noise_multiplier is not None and study.privacy.epsilon is None
     epsilon = plan.epsilon.value if given else study.privacy.epsilon
     changes = {"epsilon": epsilon, "noise_multiplier": None, "steps_per_round": 1}
@@ -242,7 +240,8 @@ def _other_mode(study: StudyConfig, plan: PrivacyPlan) -> tuple[NoiseMode | None
     try:
         if plan.trust == "consortium":
             config = PrivacyConfig.model_validate({**study.privacy.model_dump(), **changes, "trust": "site"})
-            return _mode(study, PrivacyPlan.of(config, plan.total_steps), own_quorum), ""
+            alone = PrivacyPlan.of(config, plan.total_steps, num_evaluations=plan.num_evaluations)
+            return _mode(study, alone, own_quorum), ""
         quorum = own_quorum
         if quorum is None or quorum.max_colluding == 0:  # every site knows its own share
             quorum = Quorum.of(num_sites=len(study.sites), max_colluding=1)
@@ -252,6 +251,7 @@ def _other_mode(study: StudyConfig, plan: PrivacyPlan) -> tuple[NoiseMode | None
             plan.total_steps,
             min_honest=quorum.min_honest,
             num_parameters=study.resolved_manifest.num_elements,
+            num_evaluations=plan.num_evaluations,
         )
         return _mode(study, shared, quorum), ""
     except (PrivacyError, SecureAggregationError) as error:

@@ -224,7 +224,7 @@ def test_noise_of_training_is_calibrated_beside_what_evaluations_cost(make_priva
         ({"evaluation": "noised"}, "noise_multiplier = 4.0"),
         ({"evaluation": {}}, "noise_multiplier"),
         ({"evaluation": {"noise_multiplier": 0.0}}, "greater than 0"),
-        ({"evaluation": NOISED, "trust": "none", "noise_multiplier": None}, "needs trust = 'site'"),
+        ({"evaluation": NOISED, "trust": "none", "noise_multiplier": None}, "trust = 'site' or 'consortium'"),
         ({"evaluation": NOISED, "unit": "record", "images_per_patient": None}, "unit = 'patient'"),
     ],
 )

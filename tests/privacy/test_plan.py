@@ -79,7 +79,12 @@ NOTHING_PRIVATE = plan(trust="none", noise_multiplier=0.0)
         ),
         (
             {"evaluation_noise": 4.0, "num_evaluations": 2, "unit": "record", "images_per_patient": None},
-            "Expected evaluation_noise with trust 'site' and unit 'patient' alone, got 'site' and 'record'; remove it.",
+            "Expected evaluation_noise with trust 'site' or 'consortium' and unit 'patient' alone, got 'site' and "
+            "'record'; remove it.",
+        ),
+        (
+            {"evaluation_noise": 4.0, "num_evaluations": 2, "trust": "none", "noise_multiplier": 0.0},
+            "got 'none' and 'patient'; remove it.",
         ),
         (
             {"min_honest": 3},
@@ -370,6 +375,23 @@ def test_shared_noise_is_calibrated_to_its_epsilon_and_held_to_it() -> None:
             min_honest=3,
             num_parameters=1000,
         )
+
+
+def test_noised_evaluations_add_up_with_shared_noise_and_each_site_adds_all_of_theirs() -> None:
+    given = config(
+        trust="consortium",
+        epsilon=2.0,
+        noise_multiplier=None,
+        steps_per_round=1,
+        evaluation={"noise_multiplier": 8.0},
+    )
+    planned = PrivacyPlan.of(given, 50, min_honest=3, num_parameters=1000, num_evaluations=4)
+    assert planned.evaluations == (Mechanism(8.0, 1.0, 4),)
+    assert planned.epsilon == epsilon_spent([planned.mechanism(50), Mechanism(8.0, 1.0, 4)], planned.delta)
+    assert 1.99 < planned.epsilon.value <= 2.0
+    alone = PrivacyPlan.of(given.model_copy(update={"evaluation": "withheld"}), 50, min_honest=3, num_parameters=1000)
+    assert planned.noise_multiplier > alone.noise_multiplier
+    assert planned.alone.evaluations == planned.evaluations
 
 
 def test_event_of_a_plan_with_evaluations_costs_what_the_plan_says() -> None:

@@ -277,6 +277,22 @@ def test_calibrated_noise_reaches_the_target_and_no_smaller_decimal_does(
     assert epsilon_spent([less], DELTA).value > epsilon
 
 
+def test_calibration_beside_other_steps_reaches_the_target_with_them_and_no_smaller_decimal_does() -> None:
+    """Evaluations are noised by each site alone: Gaussian steps beside the shared ones."""
+    beside = (Mechanism(6.0, 1.0, 5),)
+    noise = calibrated(beside=beside)
+    assert noise.noise_multiplier > calibrated().noise_multiplier
+    assert 0.99 * 2.0 < epsilon_spent([noise, *beside], DELTA).value <= 2.0
+    ticks = round(noise.noise_multiplier * 10**4)
+    less = dataclasses.replace(noise, noise_multiplier=(ticks - 1) / 10**4, l2_bound=2**16 * 10**4 // (ticks - 1))
+    assert epsilon_spent([less, *beside], DELTA).value > 2.0
+
+
+def test_what_is_beside_may_be_too_much_for_any_noise() -> None:
+    with pytest.raises(PrivacyError, match="and what is spent beside it to reach epsilon 2, got .* or noise more what"):
+        calibrated(beside=(Mechanism(1.0, 1.0, 5),))
+
+
 def test_rounds_of_a_calibrated_study_compose_to_its_target() -> None:
     noise = calibrated()
     assert epsilon_spent([dataclasses.replace(noise, steps=1)] * 200, DELTA) == epsilon_spent([noise], DELTA)

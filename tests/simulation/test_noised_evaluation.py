@@ -10,6 +10,7 @@ import pytest
 from client.site import site_of_partition
 from medfed.metrics.mergeable import CountLayout
 from medfed.study import StudyConfig
+from privacy.accounting import epsilon_spent
 from privacy.plan import PrivacyPlan
 from server.evaluation import EVALUATION
 from simulation.harness import simulate
@@ -52,16 +53,19 @@ def test_nothing_exact_of_held_out_patients_is_written(
     assert all(line["num_examples"] == 0 for line in lines)
 
 
+@pytest.mark.parametrize("trust", ["site", "consortium"])
 def test_noised_counts_add_up_under_masks(
-    make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: str
 ) -> None:
     import client.released_counts as released_counts
 
     plain = make_secure_study()
+    secure = {"enabled": True, "max_colluding": 1}
     study = plain.replace(
-        training={"batch_size": 2, "learning_rate": 0.01},
+        secure_aggregation=secure if trust == "consortium" else {**secure, "update_clip_norm": 8.0},
+        training={"batch_size": 2, "learning_rate": 0.01, "optimizer": "sgd"},
         privacy={
-            "trust": "site",
+            "trust": trust,
             "unit": "patient",
             "noise_multiplier": 1.0,
             "delta": 0.01,
@@ -88,8 +92,14 @@ def test_noised_counts_add_up_under_masks(
         expected = layout.metrics(np.sum(of_round, axis=0))
         found = {name.removeprefix("all-patients/"): v for name, v in line.items() if name.startswith("all-patients/")}
         assert found == pytest.approx(expected, abs=0.01)
-    charges = site_of_partition(0).ledger.charges("federated")
-    assert sum(spending.charge.mechanism.steps for spending in charges) == 2 + 2
+    mechanisms = [spending.charge.mechanism for spending in site_of_partition(0).ledger.charges("federated")]
+    assert sum(mechanism.steps for mechanism in mechanisms) == 2 + 2
+    plan = PrivacyPlan.of_study(stored_study(run.folder))
+    assert sorted(mechanism.noise for mechanism in mechanisms) == ["gaussian"] * 2 + [plan.mechanism(1).noise] * 2
+    assert epsilon_spent(mechanisms, plan.delta).value == pytest.approx(plan.epsilon.value)
+    assert {site: spent.epsilon for site, spent in run.summary.privacy.sites.items()} == pytest.approx(
+        dict.fromkeys(run.summary.privacy.sites, plan.epsilon.value)
+    )
     assert not (run.folder / "inspection.jsonl").exists()
     assert json.loads((run.folder / "summary.json").read_text())["privacy"]["sites"]
 
