@@ -22,8 +22,8 @@ from medfed.payload import HEADER_BYTES
 from medfed.study import ALL_SITES, POOLED_SITE, StudyConfig, parse_study
 from server.audit_fragment import audit_fragment
 from server.checkpoint import write_durably
-from server.evaluation import read_evaluation
-from server.few_shot import read_few_shot
+from server.evaluation import Evaluation, read_evaluation
+from server.few_shot import FewShot, read_few_shot
 from server.listed import listed
 from server.model_card import model_card
 from server.report_evaluation import view_of
@@ -114,10 +114,23 @@ def write_report(folder: Path) -> Path:
         versions=_versions(),
         not_measured=not_measured(study, evaluation, few_shot, is_audited=bool(audit)),
         audit=audit,
+        command=_command(results, evaluation, few_shot),
     )
     path = folder / REPORT
     write_durably(path, page.encode("utf-8"))
     return path
+
+
+def _command(results: Results, evaluation: Evaluation | None, few_shot: FewShot | None) -> str:
+    """What runs the same arms of the same study, once it is in a file."""
+    words = ["medfed", "simulate", "STUDY.toml"]
+    if "local_only" not in results.columns:
+        words += ["--no-baselines"]
+    if evaluation is not None and "left_out" in evaluation.columns:
+        words += ["--leave-one-out"]
+    if few_shot is not None:
+        words += ["--few-shot", ",".join(str(point.patients) for point in few_shot.trained[:-1])]
+    return " ".join(words)
 
 
 def _where(study: StudyConfig) -> str:

@@ -36,7 +36,6 @@ class FewShotView:
         headings: of the cells.
         has_joining: whether there are baselines to compare with.
         rows: from no patient to all.
-        option: as the command line wants the numbers of patients.
         resamples: behind every interval.
     """
 
@@ -45,7 +44,6 @@ class FewShotView:
     headings: tuple[str, ...]
     has_joining: bool
     rows: tuple[FewShotRow, ...]
-    option: str
     resamples: int
 
 
@@ -63,7 +61,6 @@ def few_shot_view(few_shot: FewShot, labels: Mapping[Column, str], metric_name: 
         headings=tuple(labels[column] for column in few_shot.columns),
         has_joining=few_shot.has_joining,
         rows=rows_of_curve(few_shot),
-        option=",".join(str(point.patients) for point in few_shot.trained[:-1]),
         resamples=few_shot.resamples,
     )
 

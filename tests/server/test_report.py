@@ -3,10 +3,12 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
+import server.report
 from medfed.adapter_manifest import AdapterManifest, TensorSpec
 from medfed.errors import CheckpointError, StudyError
 from medfed.study import StudyConfig
@@ -314,3 +316,19 @@ def test_command_prints_the_path(run_dir: Path) -> None:
 
 def test_command_refuses_a_folder_that_is_no_run_folder(tmp_path: Path) -> None:
     assert isinstance(CliRunner().invoke(app, [str(tmp_path)]).exception, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("columns", "evaluated", "shots", "options"),
+    [
+        (COLUMNS, None, None, ""),
+        (("zero_shot", "federated"), None, None, " --no-baselines"),
+        (COLUMNS, (*COLUMNS, "left_out"), None, " --leave-one-out"),
+        (COLUMNS, COLUMNS, (1, 2, 5), " --few-shot 1,2"),  # the last is all that there are
+    ],
+)
+def test_command_that_reproduces_a_run_asks_for_the_arms_that_ran(columns, evaluated, shots, options) -> None:
+    evaluation = None if evaluated is None else SimpleNamespace(columns=evaluated)
+    few_shot = None if shots is None else SimpleNamespace(trained=[SimpleNamespace(patients=n) for n in shots])
+    command = server.report._command(SimpleNamespace(columns=columns), evaluation, few_shot)
+    assert command == f"medfed simulate STUDY.toml{options}"

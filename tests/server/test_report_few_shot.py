@@ -86,7 +86,6 @@ def test_table_begins_with_the_model_that_all_arms_share_and_ends_with_all_patie
     view = few_shot_view(curve((0.5, 0.6), (0.6, 0.7)), LABELS, "Dice")
     assert view.headings == ("local-only", "federated")
     assert view.has_joining
-    assert view.option == "1"
     assert [row.label for row in view.rows] == ["0", "1", "all (3 to 5)"]
     assert view.rows[0].cells == (Measured(value=0.4), Measured(value=0.4))
     assert [row.joining for row in view.rows] == [None, CLEAR, CLEAR]
