@@ -12,7 +12,7 @@ from client import secure_round, serve
 from client.reply_store import question_digest
 from client.request import approved_study
 from client.site import Site, site_of
-from medfed.errors import MessageError
+from medfed.errors import DataError, MedfedError, MessageError
 from medfed.messages import INSTRUCTION_FIELDS, RECORD_KEY, Fields, Refusal, RoundInstruction, RoundReply, exact_fields
 
 _log = logging.getLogger("medfed.client.app")
@@ -84,7 +84,7 @@ def _answer(message: Message, context: Context, action: Callable[[RoundInstructi
     try:
         reply = _answered(message.metadata.message_type, action, instruction, fields, site)
     except Exception as error:  # whatever it is, its text may name files, and must not travel
-        _log.error("event=refused round=%d kind=%s", instruction.round, type(error).__name__)
+        _log.error("event=refused round=%d kind=%s why=%s", instruction.round, type(error).__name__, _why(error))
         _log.debug("event=traceback round=%d", instruction.round, exc_info=True)
         reply = RoundReply(
             site=site.name,
@@ -94,6 +94,12 @@ def _answer(message: Message, context: Context, action: Callable[[RoundInstructi
             refusal=Refusal.of(error),
         ).to_fields()
     return Message(RecordDict({RECORD_KEY: ConfigRecord(dict(reply))}), reply_to=message)
+
+
+def _why(error: Exception) -> str:
+    """For this machine's own log: what to do. What is wrong with data may name a patient, and is not in it."""
+    is_ours = isinstance(error, MedfedError) and not isinstance(error, DataError)
+    return " ".join(str(error).split()) if is_ours else Refusal.of(error).reason
 
 
 def _answered(

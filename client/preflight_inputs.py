@@ -41,7 +41,8 @@ def inputs_of_site(root: Path, study: Path | None, *, identified_data_allowed: b
         study=looked_at,
         policy=folder.policy_file,
         ledger=folder.ledger,
-        private_files=(*keys, folder.feature_key, *folder.private_folders),
+        # A folder that is missing is made at the start: journals, for one, are in no backup.
+        private_files=(*keys, folder.feature_key, *filter(Path.exists, folder.private_folders)),
         state=folder.state,
         device=settings.device,
         server=str(kit.server),

@@ -122,9 +122,7 @@ def _private_files(inputs: PreflightInputs) -> Iterator[Check]:
     for path in inputs.private_files:
         if not path.exists():
             wrong = True
-            yield Check(
-                _SET_UP, "private files", "fail", f"{path.name}: not there.", "make it with 'medfed site init'."
-            )
+            yield Check(_SET_UP, "private files", "fail", f"{path.name}: not there.", "restore it from the backup.")
             continue
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & (stat.S_IRWXG | stat.S_IRWXO):

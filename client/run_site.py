@@ -12,7 +12,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from client.site_folder import SiteFolder, existing_site
+from client.site_folder import SiteFolder, existing_site, make_folders
 from client.site_lock import only_process
 from medfed.durable_file import replace_durably
 from medfed.errors import SiteError
@@ -64,6 +64,7 @@ def run_site(root: Path, *, verbose: bool = False) -> None:
     """
     log_to_stderr(verbose=verbose)
     folder = existing_site(root)
+    make_folders(folder)
     os.environ["MEDFED_SITE"] = str(folder.root)
     from client.app import app
     from client.audit_log import AuditLog

@@ -16,6 +16,7 @@ All of it is for its owner alone. Back up ``keys``, ``local`` and the ledger; ne
 
 from __future__ import annotations
 
+import stat
 import tomllib
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from client.policy import SitePolicy, read_policy
 from medfed.consortium_documents import EnrolmentRequest, StartupKit
 from medfed.device import DeviceChoice
+from medfed.durable_file import make_private_folder
 from medfed.errors import SiteError
 from medfed.signed_document import read_document, verify_self_signed
 from medfed.study_sections import FilePath, Name
@@ -208,6 +210,25 @@ class SiteFolder:
             SiteError: one line that names the file and the key.
         """
         return read_policy(self.policy_file)
+
+
+def make_folders(folder: SiteFolder) -> None:
+    """Make those of the site's folders that are missing, as after a restore, where journals are in no backup.
+
+    Raises:
+        SiteError: if one cannot be made, or others than its owner may use one.
+    """
+    for place in folder.private_folders:
+        try:
+            make_private_folder(place)
+            mode = stat.S_IMODE(place.stat().st_mode)
+        except OSError as error:
+            raise SiteError(f"Expected to make the site's folder {place}, got: {error}; mend it.") from None
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise SiteError(
+                f"Expected {place} for its owner alone (mode 0700), got mode {mode:04o}; run chmod 700 on it, and make "
+                "new keys if others could have read these."
+            )
 
 
 def existing_site(root: Path) -> SiteFolder:

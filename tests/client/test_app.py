@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client import serve
 from client.app import app
-from medfed.errors import DataError
+from medfed.errors import DataError, SiteError
 from medfed.messages import RECORD_KEY, RoundInstruction, RoundReply
 from medfed.models.adapted import resolve
 from medfed.study import StudyConfig
@@ -69,6 +69,21 @@ def test_message_that_cannot_be_read_gives_the_kind_of_error_alone(study: StudyC
     message = Message(RecordDict({RECORD_KEY: ConfigRecord({"header": "{}"})}), 1000, "train")
     with pytest.raises(RuntimeError, match=r"^MessageError$"):
         app(message=message, context=context)
+
+
+def test_the_sites_own_log_says_what_to_do_and_the_server_is_told_none_of_it(
+    study: StudyConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise SiteError("Expected /srv/site/state for its owner alone, got mode 0755;\n run chmod 700 on it.")
+
+    monkeypatch.setattr(serve, "study_and_model", fail)
+    refusal = header_of(ask(study)).refusal
+    assert refusal is not None
+    assert refusal.reason == SiteError.public
+    assert (
+        "kind=SiteError why=Expected /srv/site/state for its owner alone, got mode 0755; run chmod 700" in caplog.text
+    )
 
 
 def test_study_with_another_digest_or_manifest_is_refused(study: StudyConfig, open_sites: Callable[..., Path]) -> None:

@@ -13,7 +13,7 @@ from client.enrolment import init_site
 from client.open_site import open_site
 from client.policy import Budget
 from client.site import SITE_VARIABLE, SITES_VARIABLE, forget_sites, site_of
-from client.site_folder import existing_site
+from client.site_folder import existing_site, make_folders
 from medfed.cli import main
 from medfed.errors import ConsortiumError, DocumentError, PolicyError, SiteError
 from medfed.signing import fingerprint
@@ -34,6 +34,22 @@ def test_everything_is_for_the_owner_alone_and_the_kit_stays_as_it_was(make_cons
     assert len(secrets) == 4
     sent = b"".join([*kit.values(), made.sites["north"].enrolment_file.read_bytes()])
     assert not any(secret in sent or secret.hex().encode() in sent for secret in secrets)
+
+
+def test_folders_that_a_backup_does_not_hold_are_made_at_the_start(make_consortium: Callable) -> None:
+    folder = make_consortium("north").sites["north"]
+    for place in (folder.journals, folder.memories, folder.inflight):
+        place.rmdir()
+    make_folders(folder)
+    assert all(stat.S_IMODE(place.stat().st_mode) == 0o700 for place in folder.private_folders)
+
+
+@pytest.mark.parametrize("mode", [0o701, 0o720, 0o755])
+def test_folder_that_others_may_use_is_refused_at_the_start(make_consortium: Callable, mode: int) -> None:
+    folder = make_consortium("north").sites["north"]
+    folder.state.chmod(mode)
+    with pytest.raises(SiteError, match=rf"Expected .*state for its owner alone \(mode 0700\), got mode {mode:04o}"):
+        make_folders(folder)
 
 
 def test_second_init_is_refused_and_nothing_is_lost(make_consortium: Callable) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.usefixtures("undisturbed")]  # all sites are warm
 
+OPERATIONS = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
 LATE = {"num_rounds": 3, "quorum": 2, "deadline_s": 15}
 MASKED = {"enabled": True, "max_colluding": 0, "min_sites": 2, "threshold": 2, "update_clip_norm": 8.0}
 
@@ -77,3 +81,35 @@ def test_secure_sums_with_too_few_sites_open_nothing_and_end_with_one_line(deplo
 
 def _declared(deployment) -> list[dict[str, object]]:
     return [{"name": site, "declared_patients": 3} for site in deployment.sites]
+
+
+def test_a_site_that_lost_its_disk_is_restored_from_what_the_guide_backs_up(deployment, tmp_path: Path) -> None:
+    root = deployment.folders["few"].root
+    deployment.begin(deployment.sign_private("before-the-loss")).finishes()
+    deployment.sites["few"].stop()
+    logged, backup = deployment.audit_log("few"), tmp_path / "backup"
+    (backup / "state").mkdir(mode=0o700, parents=True)
+    backup.chmod(0o700)
+    for pattern in backed_up():
+        for path in root.glob(pattern):
+            kept = backup / path.relative_to(root)
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, kept)
+    shutil.rmtree(root)
+    shutil.copytree(backup, root)
+    assert not (root / "state" / "journals").exists()
+    deployment.start_site("few").says("event=connected")
+    assert len(deployment.charges("few", "before-the-loss")) == 3
+    run = deployment.begin(deployment.sign_private("after-the-loss"))
+    run.finishes()
+    assert run.trained() == {number: ["north", "east", "few"] for number in (1, 2, 3)}
+    assert len(deployment.charges("few", "before-the-loss")) == 3
+    assert [one.outcome for one in deployment.charges("few", "after-the-loss")] == ["sent"] * 3
+    assert deployment.audit_log("few")[: len(logged)] == logged  # verified, and goes on
+
+
+def backed_up() -> list[str]:
+    """What of a site's folder the guide says to back up, as patterns."""
+    table = OPERATIONS.split("## Backup")[1].split("**Never restore**")[0]
+    names = [name for row in table.splitlines() if "SITE_DIR/" in row for name in re.findall(r"`([^`]+)`", row)]
+    beside = [name if name.startswith("SITE_DIR/") else f"SITE_DIR/state/{name}" for name in names]
+    return [name.removeprefix("SITE_DIR/") for name in beside]
