@@ -4,7 +4,8 @@
 
 Each way to break it replaces one name in :mod:`client.private_trainer`, the real training code, while the audit plays
 its game; nothing of this is part of the product. Prints a JSON list: for each mechanism what is claimed, what
-each attack finds, and which of them refute the claim. RUNS is 1000 if left out; about two minutes on one core.
+each attack finds, and which of them refute the claim. RUNS is 1000 if left out; less than a minute on one core. Draws
+come from the operating system, so numbers differ a little each time.
 """
 
 from __future__ import annotations

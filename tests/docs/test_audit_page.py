@@ -37,17 +37,48 @@ def test_bounds_beside_claims_are_what_the_command_printed() -> None:
     assert f"took {sum(result['seconds'] for result in printed('audit').values())} s" in PAGE
 
 
-def test_audit_of_a_run_is_what_the_command_wrote() -> None:
-    run = printed("audit-run")["run"]
+RUNS = [printed(name)["run"] for name in ("audit-run", "audit-lesions")]
+
+
+def interval(one: dict[str, Any]) -> str:
+    return f"{one['auroc']:.2f} ({one['low']:.2f} to {one['high']:.2f})"
+
+
+def test_audits_of_two_runs_are_what_the_command_wrote() -> None:
     expected = [
-        [ATTACKS[bound["attack"]], f"{bound['delta']:g}", f"{bound['claimed']:.2f}", f"{bound['epsilon']:.2f}"]
-        for bound in run["bounds"]
+        [
+            ATTACKS[brain["attack"]],
+            f"{brain['delta']:g}",
+            f"{brain['claimed']:.2f}",
+            f"{brain['epsilon']:.2f}",
+            f"{lesions['epsilon']:.2f}",
+        ]
+        for brain, lesions in zip(*(run["bounds"] for run in RUNS), strict=True)
     ]
-    assert rows_of("audit-run") == expected
-    for one in run["membership"]:
-        assert re.search(rf"{one['auroc']:.2f}\s+\({one['low']:.2f} to {one['high']:.2f}\)", PAGE), (
-            "the page shows other areas"
+    assert rows_of("audit-runs") == expected
+    minutes = [str(round(run["wall_s"] / 60)) for run in RUNS]
+    assert f"took {minutes[0]} and {minutes[1]} minutes" in PAGE
+
+
+def test_membership_is_shown_as_it_was_written() -> None:
+    columns = [
+        [interval(one) for one in (*run["membership"], *run["shadows"]["released"], *run["shadows"]["alone"])]
+        for run in RUNS
+    ]
+    assert [row[1:] for row in rows_of("audit-membership")] == [list(row) for row in zip(*columns, strict=True)]
+
+
+def test_searches_are_shown_as_they_were_written_and_none_beats_the_mean_image() -> None:
+    columns = []
+    for run in RUNS:
+        found = run["adapter_inversion"]
+        assert all(one["ssim"] < found["mean_ssim"] for one in found["searches"])  # "no search found anything"
+        places = f"of {found['num_images']}"
+        columns.append(
+            [f"{one['cosine']:.2f}, {one['ssim']:.2f}, {one['rank']} {places}" for one in found["searches"]]
+            + [f"SSIM {found['mean_ssim']:.2f}"]
         )
+    assert [row[2:] for row in rows_of("audit-inversion")] == [list(row) for row in zip(*columns, strict=True)]
 
 
 def test_every_broken_mechanism_is_refuted_by_what_the_page_says() -> None:
