@@ -49,6 +49,13 @@ def test_key_that_others_may_read_is_found(folder: SiteFolder) -> None:
     assert [check.outcome for check in checks] == ["fail"]
 
 
+def test_folders_that_are_made_at_the_start_may_be_missing_and_keys_may_not(folder: SiteFolder) -> None:
+    folder.journals.rmdir()
+    folder.feature_key.unlink()
+    found = [check for check in preflight(inputs_of_site(folder.root, None)) if check.name == "private files"]
+    assert [(check.outcome, check.found) for check in found] == [("fail", f"{folder.feature_key.name}: not there.")]
+
+
 def test_study_file_is_held_against_the_data(
     folder: SiteFolder, make_study: Callable[..., StudyConfig], study_file: Callable[[StudyConfig], Path]
 ) -> None:
