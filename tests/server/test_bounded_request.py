@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import socket
 import threading
 import time
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 import uvicorn
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from medfed.messages import MAX_ENVELOPE_BYTES, MAX_MESSAGE_BYTES, MESSAGE_FRAME_BYTES
-from server.bounded_request import refusal_of_body
+from server.bounded_request import _PART_PATH, refusal_of_body
 from server.flower_link import GuardedService
 
 PART = "/v1/fleet/push-object"
@@ -31,6 +34,11 @@ def test_a_body_may_be_as_long_as_its_limit(path: str, limit: int) -> None:
     assert refusal_of_body(path, length(limit + 1)) == 413
     assert refusal_of_body(path, length("9" * 5000)) == 413
     assert refusal_of_body(path, []) is None  # no body
+
+
+@pytest.mark.parametrize("client", [FleetHttpClient, RuntimeHttpClient])
+def test_parts_of_messages_go_where_long_bodies_are_let_through(client: type) -> None:
+    assert f'{_PART_PATH}"' in inspect.getsource(client.PushObject)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("value", ["", "-1", "+1", "1_0", " 1", "0x10", "1.5", "\u0661"])
