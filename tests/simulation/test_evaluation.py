@@ -160,7 +160,9 @@ def test_every_site_is_left_out_once_if_asked_for(make_study: MakeStudy, study_f
         assert left_out.value == evaluation_of_other(run, site, other)
     assert set(evaluation.difference("being_in")) == {"north", "south"}
     assert "Does it help a hospital that was not there?" in (run.folder / "report.html").read_text()
-    assert "--leave-one-out" not in (run.folder / "report.html").read_text()
+    report = (run.folder / "report.html").read_text()
+    assert "(--leave-one-out does)" not in report
+    assert "medfed simulate STUDY.toml --leave-one-out" in report
 
 
 def evaluation_of_other(run: Run, site: str, other: str) -> float:
