@@ -13,9 +13,20 @@ from client.reply_store import question_digest
 from client.request import approved_study
 from client.site import Site, site_of
 from medfed.errors import DataError, MedfedError, MessageError
-from medfed.messages import INSTRUCTION_FIELDS, RECORD_KEY, Fields, Refusal, RoundInstruction, RoundReply, exact_fields
+from medfed.messages import (
+    INSTRUCTION_FIELDS,
+    RECORD_KEY,
+    Fields,
+    Refusal,
+    RoundInstruction,
+    RoundReply,
+    exact_fields,
+    told,
+)
 
 _log = logging.getLogger("medfed.client.app")
+
+_LOGGED_CHARACTERS = 1000
 
 app = ClientApp()
 
@@ -97,9 +108,12 @@ def _answer(message: Message, context: Context, action: Callable[[RoundInstructi
 
 
 def _why(error: Exception) -> str:
-    """For this machine's own log: what to do. What is wrong with data may name a patient, and is not in it."""
+    """For this machine's own log: what to do. What is wrong with data may name a patient, and is not in it.
+
+    Errors quote what the server sent, so the line is bounded and printable.
+    """
     is_ours = isinstance(error, MedfedError) and not isinstance(error, DataError)
-    return " ".join(str(error).split()) if is_ours else Refusal.of(error).reason
+    return told(" ".join(str(error).split()), most=_LOGGED_CHARACTERS) if is_ours else Refusal.of(error).reason
 
 
 def _answered(

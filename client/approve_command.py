@@ -112,7 +112,7 @@ def _show(words: StudyInWords, console: Console) -> None:
         privacy = words.privacy
         row(
             "epsilon",
-            f"{privacy.epsilon_round:.3f} in a round, {privacy.epsilon_study:.3f} in all rounds "
+            f"{privacy.epsilon_round:.3f} in a round, {privacy.epsilon_study:.3f} in the whole study "
             f"(delta {privacy.delta:g}, unit {privacy.unit}, adjacency {privacy.adjacency})",
             f"against {privacy.against}",
         )

@@ -16,6 +16,7 @@ All of it is for its owner alone. Back up ``keys``, ``local`` and the ledger; ne
 
 from __future__ import annotations
 
+import logging
 import stat
 import tomllib
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from medfed.signed_document import read_document, verify_self_signed
 from medfed.study_sections import FilePath, Name
 from medfed.toml_file import parse_toml
 from privacy.secure_aggregation.identity import Identity, read_identity
+
+_log = logging.getLogger("medfed.client.site_folder")
 
 
 class SiteSettings(BaseModel):
@@ -220,6 +223,8 @@ def make_folders(folder: SiteFolder) -> None:
     """
     for place in folder.private_folders:
         try:
+            if not place.is_dir():
+                _log.warning("event=folder_made_anew folder=%s", place)
             make_private_folder(place)
             mode = stat.S_IMODE(place.stat().st_mode)
         except OSError as error:

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -23,7 +24,6 @@ from medfed.signing import fingerprint, read_key
 from medfed.study import StudyConfig
 from medfed.tasks import task_of
 from privacy.accounting import epsilon_spent
-from privacy.ledger_cap import projected_epsilon
 from privacy.ledger_entry import Cap, ChargedMechanism
 from privacy.ledger_view import LedgerView
 from privacy.plan import PrivacyPlan
@@ -70,11 +70,11 @@ class Upload(_Words):
 
 
 class PrivacyInWords(_Words):
-    """What the study promises to each unit of this hospital's training data.
+    """What the study promises to each unit of this hospital's training data; with noised counts to held-out ones too.
 
     Attributes:
-        epsilon_round: of one round alone.
-        epsilon_study: of all rounds, composed.
+        epsilon_round: of one round's training alone.
+        epsilon_study: of all rounds, and all noised counts of held-out patients, composed.
         delta: for which both are computed.
         unit: what is hidden.
         adjacency: relation of neighbouring data sets.
@@ -213,7 +213,7 @@ def study_in_words(signed: SignedStudy, folder: SiteFolder) -> StudyInWords:
         protected=_protected(study),
         not_protected=_not_protected(study),
         privacy=None if private is None else _privacy(private, study),
-        budget=None if private is None else _budget(private, policy, folder, settings.cohort),
+        budget=None if private is None else _budget(private, study, policy, folder, settings.cohort),
         patients=_patients(study, kit.site, settings.cohort, policy),
     )
 
@@ -350,6 +350,10 @@ def _protected(study: StudyConfig) -> tuple[str, ...]:
             f"Noise: each site adds a share; what is opened carries that of {study.secure_quorum.min_honest} honest "
             "sites at least. This site's share alone is less than epsilon says: it is the masks that hide it."
         )
+    if study.noises_evaluation:
+        found.append(
+            "Counts of held-out patients: noised here in full before they leave; nobody else has to be trusted for it."
+        )
     return tuple(found)
 
 
@@ -388,17 +392,19 @@ def _privacy(plan: PrivacyPlan, study: StudyConfig) -> PrivacyInWords:
     )
 
 
-def _budget(plan: PrivacyPlan, policy: SitePolicy, folder: SiteFolder, cohort: str) -> BudgetInWords:
+def _budget(
+    plan: PrivacyPlan, study: StudyConfig, policy: SitePolicy, folder: SiteFolder, cohort: str
+) -> BudgetInWords:
     assert policy.budget is not None  # the policy has allowed the study
     cap, earlier = policy.budget.cap, _charged(folder, cohort)
-    after = projected_epsilon(earlier, plan.mechanism(plan.num_rounds), cap)
+    after = epsilon_spent([*earlier, plan.mechanism(plan.num_rounds), *plan.evaluations], cap.delta).value
     return BudgetInWords(
         cohort=cohort,
         cap=cap.epsilon,
         delta=cap.delta,
         spent=epsilon_spent(earlier, cap.delta).value,
         after=after,
-        rounds_that_fit=plan.num_rounds if after <= cap.epsilon else _rounds_that_fit(plan, earlier, cap),
+        rounds_that_fit=plan.num_rounds if after <= cap.epsilon else _rounds_that_fit(plan, study, earlier, cap),
     )
 
 
@@ -410,12 +416,17 @@ def _charged(folder: SiteFolder, cohort: str) -> tuple[ChargedMechanism, ...]:
     return tuple(spending.charge.mechanism for spending in view.charges(cohort))
 
 
-def _rounds_that_fit(plan: PrivacyPlan, earlier: tuple[ChargedMechanism, ...], cap: Cap) -> int:
-    """The largest number of rounds, fewer than the plan's, that stays within the cap."""
+def _rounds_that_fit(plan: PrivacyPlan, study: StudyConfig, earlier: tuple[ChargedMechanism, ...], cap: Cap) -> int:
+    """The largest number of rounds below the plan's that stays within the cap, with the evaluations before its last."""
+
+    def charged(rounds: int) -> list[ChargedMechanism]:
+        released = [replace(one, steps=study.evaluations_before(rounds)) for one in plan.evaluations]
+        return [*earlier, plan.mechanism(rounds), *released]
+
     fitting, too_many = 0, plan.num_rounds
     while too_many - fitting > 1:
         rounds = (fitting + too_many) // 2
-        if projected_epsilon(earlier, plan.mechanism(rounds), cap) <= cap.epsilon:
+        if epsilon_spent(charged(rounds), cap.delta).value <= cap.epsilon:
             fitting = rounds
         else:
             too_many = rounds

@@ -22,7 +22,7 @@ Fields = dict[str, str | bytes]
 """What a message is on the wire: ``header`` (JSON) and byte fields."""
 
 MAX_MESSAGE_BYTES = 256 * 2**20
-"""No message is larger, and neither end reads more: 64 million numbers, many times what adapters have.
+"""No message is larger, and neither end keeps more (one part more while it comes): 64 million numbers.
 
 A study that needs more cannot be signed."""
 
@@ -42,10 +42,10 @@ REPLY_FIELDS = ("header", "adapter", "secure")
 _TOLD_CHARACTERS = 200
 
 
-def told(text: str) -> str:
-    """What the other side of the network said, fit for a log and a terminal: one line, printable, no more than this."""
-    line = "".join(char if char.isprintable() else "?" for char in text[: _TOLD_CHARACTERS + 1])
-    return line if len(line) <= _TOLD_CHARACTERS else f"{line[: _TOLD_CHARACTERS - 3]}..."
+def told(text: str, *, most: int = _TOLD_CHARACTERS) -> str:
+    """What the other side of the network said, fit for log and terminal: one printable line of ``most`` characters."""
+    line = "".join(char if char.isprintable() else "?" for char in text[: most + 1])
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def _is_told(text: str) -> str:

@@ -274,8 +274,12 @@ class StudyConfig(Section):
         """Evaluations of the federated arm over the whole study, the one before the first round included."""
         if self.withholds_evaluation:
             return 0
-        every, last = self.rounds.evaluate_every, self.rounds.num_rounds
-        return 1 + sum(1 for number in range(1, last + 1) if number == last or (every and number % every == 0))
+        return 1 + self.evaluations_before(self.rounds.num_rounds)  # and the one after the last round
+
+    def evaluations_before(self, number: int) -> int:
+        """Evaluations of the federated arm before a round from 1 on trains, unless they are withheld."""
+        every = self.rounds.evaluate_every
+        return 1 + ((number - 1) // every if every else 0)
 
     @property
     def sums_securely(self) -> bool:

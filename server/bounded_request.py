@@ -8,7 +8,8 @@ anything else      :data:`medfed.messages.MAX_ENVELOPE_BYTES`
 =================  ==========================================================================
 
 Whoever knows the address can send, before Flower looks at the signature. A body must say how long it is: HTTP servers
-hold it to that, and one that does not say could have no end. ``client/bounded_answer.py`` is the other direction.
+hold it to that, and one that does not say could have no end. The limit is of each body alone: many at once still fill
+the memory, which is for a firewall to prevent. ``client/bounded_answer.py`` is the other direction.
 """
 
 from __future__ import annotations

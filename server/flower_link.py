@@ -391,8 +391,8 @@ class _Arriving:
     """A reply that was announced; its parts may still be on their way."""
 
     message_id: str
+    reply_to: str
     missing: list[str]
-    reply_to: str = ""
     parts: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -513,8 +513,8 @@ class LinkGrid(Grid):
         return [
             _Arriving(
                 proto.metadata.message_id,
-                [part.object_id for part in iterate_object_tree(tree)],
                 proto.metadata.reply_to_message_id,
+                [part.object_id for part in iterate_object_tree(tree)],
             )
             for proto, tree in zip(response.messages_list, response.message_object_trees, strict=True)
         ]

@@ -77,7 +77,7 @@ def _of_game(attack: str, most_right: Errors, by_errors: Errors, plan: PrivacyPl
     return Finding(
         attack,
         epsilon,
-        plan.epsilon.value,
+        claimed_at(plan, plan.delta),
         plan.delta,
         confidence,
         num_trials=most_right.num_runs,
@@ -120,7 +120,7 @@ def noised_steps(plan: PrivacyPlan) -> Mechanism:
 
 
 def claimed_at(plan: PrivacyPlan, delta: float) -> float:
-    """What the plan claims at another delta; infinite without noise."""
+    """What the plan claims of training, which is what is attacked; infinite without noise. Evaluations cost more."""
     if not plan.is_private:
         return float("inf")
     return epsilon_spent([plan.mechanism(plan.num_rounds)], delta).value

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client import serve
 from client.app import app
-from medfed.errors import DataError, SiteError
+from medfed.errors import DataError, SiteError, StudyError
 from medfed.messages import RECORD_KEY, RoundInstruction, RoundReply
 from medfed.models.adapted import resolve
 from medfed.study import StudyConfig
@@ -84,6 +84,19 @@ def test_the_sites_own_log_says_what_to_do_and_the_server_is_told_none_of_it(
     assert (
         "kind=SiteError why=Expected /srv/site/state for its owner alone, got mode 0755; run chmod 700" in caplog.text
     )
+
+
+def test_what_the_server_sent_is_a_short_printable_line_in_the_log(
+    study: StudyConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise StudyError("unknown key \x1b[2J" + 10**6 * "x")
+
+    monkeypatch.setattr(serve, "study_and_model", fail)
+    ask(study)
+    (line,) = [record.getMessage() for record in caplog.records if "event=refused" in record.msg]
+    assert line.isprintable()
+    assert len(line) < 1100
 
 
 def test_study_with_another_digest_or_manifest_is_refused(study: StudyConfig, open_sites: Callable[..., Path]) -> None:

@@ -246,6 +246,22 @@ def test_screen_says_what_was_spent_and_what_would_be_left(made, signed: StudyTo
     assert words.budget.rounds_that_fit == 2
 
 
+def test_screen_counts_what_noised_evaluations_cost(made, make_private_study: Callable[..., StudyConfig]) -> None:
+    folder, plain = made.sites["north"], hospital_study(make_private_study)
+    assert plain.privacy is not None
+    noised = plain.replace(privacy={**plain.privacy.model_dump(), "evaluation": {"noise_multiplier": 2.0}})
+    signed = sign_study(noised, made.coordinator)
+    training, evaluations = Mechanism(1.0, 0.5, 4), Mechanism(2.0, 1.0, 2)
+    alone = epsilon_spent([training], 0.01).value
+    folder.policy_file.write_text(POLICY.replace("30.0", str(alone + 0.01)))  # room for the training alone
+    words = study_in_words(made.coordinator.signed_study(signed.path), folder)
+    assert words.budget.after == epsilon_spent([training, evaluations], 0.01).value
+    assert words.privacy.epsilon_study == words.budget.after
+    first = [Mechanism(1.0, 0.5, 2), Mechanism(2.0, 1.0, 1)]  # one evaluation before the first round
+    assert words.budget.rounds_that_fit == int(epsilon_spent(first, 0.01).value <= alone + 0.01)
+    assert any(line.startswith("Counts of held-out patients: noised here") for line in words.protected)
+
+
 def test_rounds_that_fit_are_those_that_the_ledger_allows(made, signed: StudyToApprove) -> None:
     folder, round_of_study = made.sites["north"], Mechanism(1.0, 0.5, 2)
     cap = epsilon_spent([round_of_study], 0.01).value + 0.01

@@ -231,7 +231,7 @@ def test_parts_of_a_reply_make_one_or_are_refused(data: st.DataObject) -> None:
     run = SimpleNamespace(run_id=1)
     client = SimpleNamespace(PullObject=None, ConfirmMessageReceived=None)
     grid = LinkGrid(FakeSuperLink(parts), client, run, on_sent=lambda _: None, on_reply=lambda _: None)  # type: ignore[arg-type]
-    made = only(grid._whole, _Arriving(MESSAGE_ID, sorted(parts)), raises=(MessageError,))
+    made = only(grid._whole, _Arriving(MESSAGE_ID, "asked", sorted(parts)), raises=(MessageError,))
     assert isinstance(made, (Message, MessageError))
 
 

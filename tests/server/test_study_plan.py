@@ -114,13 +114,16 @@ def test_noise_is_calibrated_for_both_ways_at_the_epsilon_of_the_study(make_secu
     assert max(own.epsilon, other.epsilon) <= 4.0
 
 
-def test_both_ways_pay_for_the_same_noised_evaluations(make_secure_study: MakeStudy) -> None:
+@pytest.mark.parametrize("trust", ["consortium", "site"])
+def test_both_ways_pay_for_the_same_noised_evaluations(make_secure_study: MakeStudy, trust: str) -> None:
     study, noised = make_secure_study(), {"evaluation": {"noise_multiplier": 20.0}}
-    own, other = plan_study(resolve(shared(study, epsilon=4.0, **noised), CPU)).modes
-    own_exact, other_exact = plan_study(resolve(shared(study, epsilon=4.0), CPU)).modes
-    for mode, exact in ((own, own_exact), (other, other_exact)):
+    secure = {} if trust == "consortium" else {"update_clip_norm": 8.0}
+    own, other = plan_study(resolve(shared(study, secure=secure, trust=trust, epsilon=4.0, **noised), CPU)).modes
+    exact = plan_study(resolve(shared(study, secure=secure, trust=trust, epsilon=4.0), CPU)).modes
+    assert (own.trust, other.trust) == (trust, "site" if trust == "consortium" else "consortium")
+    for mode, without in zip((own, other), exact, strict=True):
         assert 3.9 < mode.epsilon <= 4.0
-        assert mode.noise_multiplier > exact.noise_multiplier
+        assert mode.noise_multiplier > without.noise_multiplier
 
 
 def test_study_of_sites_that_trust_nobody_is_set_beside_shared_noise_with_one_colluding(

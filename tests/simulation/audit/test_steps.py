@@ -19,6 +19,7 @@ from client.private_trainer import checked_engine
 from medfed.models.adapted import adapted_model
 from medfed.study import StudyConfig
 from medfed.tasks import task_of
+from privacy.accounting import epsilon_spent
 from privacy.per_sample.engine import Engine
 from privacy.plan import PrivacyPlan
 from privacy.randomness import RandomStream
@@ -188,6 +189,23 @@ def test_steps_without_noise_claim_nothing_and_show_as_much_as_the_runs_allow(ma
     assert (likelihood.claimed, likelihood.num_correct) == (math.inf, 200)
     assert likelihood.epsilon > 1.5
     assert not likelihood.exceeds
+
+
+def test_claim_beside_training_is_that_of_training_though_evaluations_cost_more(
+    make_world: Callable[..., World],
+) -> None:
+    """What noised counts cost would be slack: too little noise in training would have to beat it, too."""
+    training, engine, items = make_world(sampling_rate=1.0, steps_per_round=1)
+    scores = play(
+        training, engine, like=items[0], num_runs=20,
+        streams=unknown(),
+        guessed=lambda _: RandomStream.for_simulation(0),
+        coins=RandomStream.for_simulation(4),
+    )  # fmt: skip
+    noised = replace(training.plan, evaluation_noise=1.0, num_evaluations=2)
+    expected = epsilon_spent([noised.mechanism(noised.num_rounds)], noised.delta).value
+    assert expected < noised.epsilon.value
+    assert {finding.claimed for finding in game_findings(scores, noised, confidence=0.998)} == {expected}
 
 
 @pytest.mark.parametrize(("rate", "noise"), [(0.3, 0.8), (1.0, 2.0)])
