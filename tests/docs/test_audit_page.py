@@ -68,6 +68,20 @@ def test_membership_is_shown_as_it_was_written() -> None:
     assert [row[1:] for row in rows_of("audit-membership")] == [list(row) for row in zip(*columns, strict=True)]
 
 
+def test_shadows_beside_claims_are_what_the_command_printed() -> None:
+    results = printed("audit-shadows")
+    expected = [
+        [
+            claim,
+            *(interval(result["attacks"][attack]) for attack in ("loss", "likelihood-ratio")),
+            f"{result['attacks']['likelihood-ratio']['found_at_0.01']:.3f}",
+        ]
+        for claim, result in results.items()
+    ]
+    assert rows_of("audit-shadows") == expected
+    assert f"{sum(result['cpu_seconds'] for result in results.values())} s of processor" in PAGE
+
+
 def test_searches_are_shown_as_they_were_written_and_none_beats_the_mean_image() -> None:
     columns = []
     for run in RUNS:
