@@ -15,14 +15,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import torch
+from private_utility import run_of
 
-from medfed.models.adapted import resolve
 from medfed.study import StudyConfig
-from privacy.plan import PrivacyPlan, calibrated
+from privacy.plan import PrivacyPlan
 from server.evaluation import Evaluation, read_evaluation
 from server.results import read_results
-from simulation.harness import simulate
 
 ROOT = Path(__file__).parents[1]
 PRIVATE = 'trust = "site"'
@@ -50,15 +48,9 @@ def studies() -> dict[str, str]:
     }
 
 
-def run_of(text: str, folder: Path) -> Path:
-    """The folder of a finished run of a study: one that is there, or a new one."""
-    study = resolve(calibrated(StudyConfig.model_validate(tomllib.loads(text))), torch.device("cpu"))
-    for summary in folder.glob("*/summary.json"):
-        if StudyConfig.model_validate_json((summary.parent / "study.json").read_bytes()).digest == study.digest:
-            return summary.parent
-    path = folder / f"{study.digest[:12]}.toml"
-    path.write_text(text)
-    return simulate(path, out=folder).folder
+def finished(text: str, folder: Path) -> Path:
+    """The folder of a run with all arms of a study file."""
+    return run_of(StudyConfig.model_validate(tomllib.loads(text)), text, folder, baselines=True)
 
 
 def shown(folder: Path) -> dict[str, Any]:
@@ -91,7 +83,7 @@ def over_sites(evaluation: Evaluation) -> dict[str, dict[str, dict[str, float]]]
 def main(folder: Path) -> None:
     """Run what is missing and print the tables."""
     folder.mkdir(parents=True, exist_ok=True)
-    print(json.dumps({name: shown(run_of(text, folder)) for name, text in studies().items()}, indent=1))
+    print(json.dumps({name: shown(finished(text, folder)) for name, text in studies().items()}, indent=1))
 
 
 if __name__ == "__main__":

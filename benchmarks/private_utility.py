@@ -42,14 +42,19 @@ def variant(seed: int, privacy: dict[str, Any]) -> StudyConfig:
 
 
 def result_of(study: StudyConfig, folder: Path) -> Results:
-    """The result of a study, from a finished run in ``folder`` or from a new one."""
+    """The result of the federated arm of a study, from a finished run in ``folder`` or from a new one."""
+    return read_results(run_of(study, toml_of(study), folder, baselines=False))
+
+
+def run_of(study: StudyConfig, text: str, folder: Path, *, baselines: bool) -> Path:
+    """The folder of a finished run of a study, whose file holds ``text``: one that is in ``folder``, or a new one."""
     digest = resolve(calibrated(study), torch.device("cpu")).digest
     for run in folder.glob("*/summary.json"):
         if StudyConfig.model_validate_json((run.parent / "study.json").read_bytes()).digest == digest:
-            return read_results(run.parent)
+            return run.parent
     path = folder / f"{digest}.toml"
-    path.write_text(toml_of(study))
-    return simulate(path, out=folder, baselines=False).summary
+    path.write_text(text)
+    return simulate(path, out=folder, baselines=baselines).folder
 
 
 def toml_of(study: StudyConfig) -> str:

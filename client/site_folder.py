@@ -17,7 +17,6 @@ All of it is for its owner alone. Back up ``keys``, ``local`` and the ledger; ne
 from __future__ import annotations
 
 import logging
-import stat
 import tomllib
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +30,7 @@ from medfed.consortium_documents import EnrolmentRequest, StartupKit
 from medfed.device import DeviceChoice
 from medfed.durable_file import make_private_folder
 from medfed.errors import SiteError
+from medfed.private_file import require_private
 from medfed.signed_document import read_document, verify_self_signed
 from medfed.study_sections import FilePath, Name
 from medfed.toml_file import parse_toml
@@ -226,14 +226,9 @@ def make_folders(folder: SiteFolder) -> None:
             if not place.is_dir():
                 _log.warning("event=folder_made_anew folder=%s", place)
             make_private_folder(place)
-            mode = stat.S_IMODE(place.stat().st_mode)
+            require_private(place, 0o700)
         except OSError as error:
             raise SiteError(f"Expected to make the site's folder {place}, got: {error}; mend it.") from None
-        if mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise SiteError(
-                f"Expected {place} for its owner alone (mode 0700), got mode {mode:04o}; run chmod 700 on it, and make "
-                "new keys if others could have read these."
-            )
 
 
 def existing_site(root: Path) -> SiteFolder:

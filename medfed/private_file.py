@@ -51,3 +51,20 @@ def read_private(path: Path, what: str) -> bytes:
             "make a new one if others could have read this one."
         )
     return data
+
+
+def require_private(path: Path, mode: int) -> None:
+    """Refuses a file or folder that anybody but its owner may use.
+
+    Args:
+        path: of it.
+        mode: that it should have, for the message.
+
+    Raises:
+        SiteError: if others may.
+    """
+    got = stat.S_IMODE(path.stat().st_mode)
+    if got & _OTHERS:
+        raise SiteError(
+            f"Expected {path} for its owner alone (mode {mode:04o}), got mode {got:04o}; run chmod {mode:o} on it."
+        )

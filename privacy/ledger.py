@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import stat
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from medfed.canonical import sha256_hex
 from medfed.durable_file import make_private_folder, replace_durably
 from medfed.errors import LedgerError, PrivacyError, SiteError
+from medfed.private_file import require_private
 from medfed.signing import public_pem
 from privacy.ledger_cap import projected_epsilon, refusal, require_one_unit
 from privacy.ledger_chain import raw_hex, reply_key
@@ -184,12 +184,12 @@ class PrivacyLedger(LedgerView):
         if self._path.suffix != SUFFIX:
             raise SiteError(f"Expected a ledger named like ledger{SUFFIX}, got {self._path.name!r}; rename it.")
         make_private_folder(self._path.parent)
-        _require_private(self._path.parent, 0o700)
+        require_private(self._path.parent, 0o700)
         head = read_head(head_path(self._path), self._public_key)  # before the look at the database: the other
         if not self._path.exists():  # way round, a process that makes both in between would look like a loss
             self._require_none(head)
             create_file(self._path)
-        _require_private(self._path, 0o600)
+        require_private(self._path, 0o600)
         with transaction(self._path, write=True) as connection:
             if not has_schema(connection, self._path):
                 self._require_none(read_head(head_path(self._path), self._public_key))
@@ -241,14 +241,6 @@ class PrivacyLedger(LedgerView):
             if spending is not None and reply_key(spending.charge) == reply_key(charge):
                 return sequence
         return None
-
-
-def _require_private(path: Path, mode: int) -> None:
-    got = stat.S_IMODE(path.stat().st_mode)
-    if got & (stat.S_IRWXG | stat.S_IRWXO):
-        raise SiteError(
-            f"Expected {path} for its owner alone (mode {mode:04o}), got mode {got:04o}; run chmod {mode:o} on it."
-        )
 
 
 def _write_public_key(path: Path, key: Ed25519PublicKey) -> None:

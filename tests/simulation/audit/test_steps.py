@@ -33,7 +33,7 @@ from simulation.audit.canaries import (
 )
 from simulation.audit.findings import game_findings
 from simulation.audit.steps import SiteTraining, log_likelihood_ratio
-from simulation.audit.whitebox import play
+from simulation.audit.whitebox import GameScores, play
 from strategies.subspace import Core, Subspace
 
 World = tuple[SiteTraining, Engine, list]
@@ -76,6 +76,19 @@ def shared_plan(**changes: object) -> PrivacyPlan:
 def without_noise(world: World) -> World:
     training, engine, items = world
     return replace(training, plan=replace(training.plan, trust="none", noise_multiplier=0.0)), engine, items
+
+
+def scores_of(training: SiteTraining, engine: Engine, items: list, *, num_runs: int, seed: int) -> GameScores:
+    """Of a game whose noise nobody can recompute, with coins by ``seed``."""
+    return play(
+        training,
+        engine,
+        like=items[0],
+        num_runs=num_runs,
+        streams=unknown(),
+        guessed=lambda _: RandomStream.for_simulation(0),
+        coins=RandomStream.for_simulation(seed),
+    )
 
 
 @pytest.mark.parametrize("images", [1, 4])
@@ -159,12 +172,7 @@ def test_shared_noise_is_audited_and_shares_of_a_third_of_the_noise_are_caught(
     training = replace(training, plan=shared_plan(num_parameters=training.trainable.manifest.num_elements))
 
     def exceeding() -> list[str]:
-        scores = play(
-            training, engine, like=items[0], num_runs=200,
-            streams=unknown(),
-            guessed=lambda _: RandomStream.for_simulation(0),
-            coins=RandomStream.for_simulation(3),
-        )  # fmt: skip
+        scores = scores_of(training, engine, items, num_runs=200, seed=3)
         return [finding.attack for finding in game_findings(scores, training.plan, confidence=0.998) if finding.exceeds]
 
     assert exceeding() == []
@@ -179,12 +187,7 @@ def test_shared_noise_is_audited_and_shares_of_a_third_of_the_noise_are_caught(
 
 def test_steps_without_noise_claim_nothing_and_show_as_much_as_the_runs_allow(make_world: Callable[..., World]) -> None:
     training, engine, items = without_noise(make_world(sampling_rate=1.0, steps_per_round=1))
-    scores = play(
-        training, engine, like=items[0], num_runs=200,
-        streams=unknown(),
-        guessed=lambda _: RandomStream.for_simulation(0),
-        coins=RandomStream.for_simulation(4),
-    )  # fmt: skip
+    scores = scores_of(training, engine, items, num_runs=200, seed=4)
     likelihood = game_findings(scores, training.plan, confidence=0.998)[0]
     assert (likelihood.claimed, likelihood.num_correct) == (math.inf, 200)
     assert likelihood.epsilon > 1.5
@@ -196,12 +199,7 @@ def test_claim_beside_training_is_that_of_training_though_evaluations_cost_more(
 ) -> None:
     """What noised counts cost would be slack: too little noise in training would have to beat it, too."""
     training, engine, items = make_world(sampling_rate=1.0, steps_per_round=1)
-    scores = play(
-        training, engine, like=items[0], num_runs=20,
-        streams=unknown(),
-        guessed=lambda _: RandomStream.for_simulation(0),
-        coins=RandomStream.for_simulation(4),
-    )  # fmt: skip
+    scores = scores_of(training, engine, items, num_runs=20, seed=4)
     noised = replace(training.plan, evaluation_noise=1.0, num_evaluations=2)
     expected = epsilon_spent([noised.mechanism(noised.num_rounds)], noised.delta).value
     assert expected < noised.epsilon.value
