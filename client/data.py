@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,11 @@ class Cohort:
     def items(self) -> tuple[Item, ...]:
         """All images: training, then held-out."""
         return self.train + self.test
+
+    @cached_property
+    def num_train_patients(self) -> int:
+        """Patients for training."""
+        return len({item.patient_id for item in self.train})
 
     @property
     def digest(self) -> str:

@@ -56,7 +56,7 @@ def checked_cohort(study: StudyConfig, model: AdaptedModel, site: Site) -> Cohor
         PrivacyError: if it is too small for the study's delta.
     """
     cohort = site.cohort(study, model.pixels)
-    num_patients = len({item.patient_id for item in cohort.train})
+    num_patients = cohort.num_train_patients
     num_units = len(cohort.train) if study.privacy and study.privacy.unit == "record" else num_patients
     declared = study.declared_units(site.name)
     site.policy.check_cohort(num_patients=num_patients, num_units=num_units, declared=declared)

@@ -128,7 +128,7 @@ def begin_round(
     strategy = strategy_of(study, instruction.scope)
     phase = strategy.plan(instruction.round)
     shared = _shared_model(fields, strategy, phase.broadcast)
-    model.put(shared.state)
+    model.fold(shared.state.folds)
     memory = site.memory(study, instruction.scope).before(instruction.round) if strategy.remembers_at_sites else {}
     adapter_P = _with_own(shared.state.adapter_P, study.resolved_manifest, memory)
     trainable = trainable_of(strategy.rule, phase, site.name)

@@ -125,9 +125,7 @@ def evaluate_run(
     write_durably(folder / EVALUATION, evaluation.model_dump_json(indent=2).encode())
     few_shot = None
     if shots:
-        patients_at = {
-            site.name: len({item.patient_id for item in site.cohort(study, model.pixels).train}) for site in own
-        }
+        patients_at = {site.name: site.cohort(study, model.pixels).num_train_patients for site in own}
         few_shot = few_shot_curve(folder, scored, weights, task_of(study.task).primary, patients_at)
     return Measurements(evaluation, few_shot)
 

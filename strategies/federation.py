@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -56,7 +56,7 @@ class Strategy:
         """The first two rounds' phases: what trains may take turns, and then does so every other round."""
         return self.plan(1), self.plan(2)
 
-    @property
+    @cached_property
     def remembers_at_sites(self) -> bool:
         """Whether sites keep something between rounds."""
         return (

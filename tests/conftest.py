@@ -50,6 +50,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulations end without overlays and report: half of the time of one that trains a stand-in for seconds."""
+    monkeypatch.setattr("simulation.harness.draw_overlays", lambda *_: None)
+    monkeypatch.setattr("simulation.harness.write_report", lambda _: None)
+
+
+@pytest.fixture
 def make_cohort(tmp_path: Path) -> Callable[..., Path]:
     """Writes a small segmentation cohort of one site and returns its manifest.
 

@@ -7,6 +7,7 @@ out and taking an optimiser step are each a single operation on that buffer, wha
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from medfed.adapter_manifest import AdapterManifest
 from medfed.canonical import canonical_bytes, derive_seed, sha256_hex
 from medfed.errors import StudyError
-from medfed.models.folding import FoldableBase, ModelState, lora_layers, stacked
+from medfed.models.folding import Fold, FoldableBase, ModelState, lora_layers, stacked
 from medfed.models.multiplied_out import multiply_out
 from medfed.models.peft_folder import replace_pairs
 from medfed.models.pixels import PixelSpec
@@ -104,8 +105,16 @@ class AdaptedModel:
             AdapterMismatchError: if the adapter does not fit.
             StudyError: if a fold does not fit.
         """
-        self._base.fold(state.folds)
+        self.fold(state.folds)
         self.load(state.adapter_P)
+
+    def fold(self, folds: Sequence[Fold]) -> None:
+        """Have the base weights be the backbone's with exactly these folds; the adapter in place stays.
+
+        Raises:
+            StudyError: if a fold does not fit.
+        """
+        self._base.fold(folds)
 
     def encode(self, image_B3HW: Tensor) -> Tensor:
         """Features after the frozen prefix, without gradient; independent of the adapter."""

@@ -209,6 +209,7 @@ def checkpoint_of(folder: Path) -> Checkpoint:
     return state
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_sums_under_masks_are_enough(

@@ -33,6 +33,7 @@ def test_sections_of_a_study_on_the_page_are_valid() -> None:
         StrategyConfig.model_validate({"name": "fedit", **tomllib.loads(text)["strategy"]})
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_rule_on_the_page_trains_a_federation(
     make_study: Callable[..., StudyConfig],
     study_file: Callable[[StudyConfig], Path],

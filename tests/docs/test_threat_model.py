@@ -136,6 +136,7 @@ def without(
         return sum_up()
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.slow
 def test_second_sum_of_a_round_without_one_site_is_refused_as_the_page_says(
     make_secure_study: Callable[..., StudyConfig],
@@ -169,6 +170,7 @@ def test_second_sum_of_a_round_without_one_site_is_refused_as_the_page_says(
     assert (run.folder / "metrics.jsonl").read_text() == (plain.folder / "metrics.jsonl").read_text()
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.slow
 def test_same_adapter_in_two_rounds_tells_one_sites_part_as_the_page_says(
     make_secure_study: Callable[..., StudyConfig],
@@ -216,6 +218,7 @@ def test_same_adapter_in_two_rounds_tells_one_sites_part_as_the_page_says(
     assert found == pytest.approx(dice, abs=1e-5)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.slow
 def test_lost_journal_forgets_which_sites_were_agreed_to_as_the_page_says(
     make_secure_study: Callable[..., StudyConfig],

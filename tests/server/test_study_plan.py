@@ -236,6 +236,7 @@ def test_noise_too_coarse_for_the_ring_has_no_plan(make_secure_study: MakeStudy)
         plan_study(study)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("kind", ["plain", "masked", "shared"])
 def test_bytes_are_those_of_a_run(
     make_study: MakeStudy,

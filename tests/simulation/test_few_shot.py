@@ -110,6 +110,7 @@ def test_points_are_trainings_on_those_patients_alone(
         simulate(resume=run.folder, workers=0, few_shot=[2])
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.slow
 def test_curve_is_the_same_in_forked_processes_and_after_a_stop(
     make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
@@ -126,6 +127,7 @@ def test_curve_is_the_same_in_forked_processes_and_after_a_stop(
     assert simulate(resume=here.folder, workers=0).few_shot == here.few_shot
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_without_baselines_the_curve_is_of_the_federation_alone_and_of_each_sites_own_model(
     make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:

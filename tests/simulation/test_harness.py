@@ -69,6 +69,7 @@ def test_adapter_folder_loads_with_peft_and_gives_the_same_masks(
     assert torch.equal(model.manifest.flatten(stored), trained_P)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.process
 def test_result_is_bit_identical_for_any_number_of_workers(
     make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
@@ -81,6 +82,7 @@ def test_result_is_bit_identical_for_any_number_of_workers(
         assert runs[0].summary.sites == other.summary.sites
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_same_study_and_seed_give_the_same_metrics(
     make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:
@@ -90,12 +92,14 @@ def test_same_study_and_seed_give_the_same_metrics(
     assert torch.equal(adapter_of(first), adapter_of(second))
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_another_seed_gives_another_adapter(make_study: MakeStudy, study_file: StudyFile, tmp_path: Path) -> None:
     study = make_study()
     runs = [simulate(study_file(study.replace(seed=seed)), out=tmp_path, workers=0, baselines=False) for seed in (1, 2)]
     assert not torch.equal(adapter_of(runs[0]), adapter_of(runs[1]))
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.process
 @pytest.mark.slow
 def test_killed_run_is_resumed_to_the_same_adapter_bit_for_bit(
@@ -188,6 +192,7 @@ def test_classification_study_runs_with_its_heads(make_study: MakeStudy, study_f
     assert any("lora_A" in name for name in stored)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_arms_make_the_same_number_of_passes_over_every_image(
     make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_nothing_exact_of_held_out_patients_is_written(
     assert all(line["num_examples"] == 0 for line in lines)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("trust", ["site", "consortium"])
 def test_noised_counts_add_up_under_masks(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: str
@@ -104,6 +105,7 @@ def test_noised_counts_add_up_under_masks(
     assert json.loads((run.folder / "summary.json").read_text())["privacy"]["sites"]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_exact_counts_add_up_under_masks_to_the_metrics_of_all_patients(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:

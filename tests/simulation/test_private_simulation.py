@@ -97,6 +97,7 @@ def seeded(
     return make
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_epsilon_composed_over_rounds_is_that_of_one_shot(
     make_private_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_epsilon_composed_over_rounds_is_that_of_one_shot(
     )
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_own_patients_get_noise_of_the_system_and_two_runs_differ(
     make_private_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:
@@ -134,6 +136,7 @@ def test_own_patients_get_noise_of_the_system_and_two_runs_differ(
     assert not torch.equal(first, second)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.process
 def test_result_on_made_up_patients_does_not_depend_on_the_number_of_workers(
     seeded: Callable[..., StudyConfig], study_file: StudyFile, tmp_path: Path
@@ -307,6 +310,7 @@ def test_report_says_in_red_what_is_not_private(
         assert not list((run.folder / "ledgers").glob("*.sqlite"))
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_ledger_command_shows_and_verifies_what_a_run_spent(
     make_private_study: MakeStudy, study_file: StudyFile, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

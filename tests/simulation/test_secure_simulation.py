@@ -144,6 +144,7 @@ def _training_channel(study: StudyConfig) -> SecureChannel:
     return SecureChannel.training(study, 1, strategy_of(study).plan(1))
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.process
 def test_result_does_not_depend_on_the_number_of_workers(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path
@@ -153,6 +154,7 @@ def test_result_does_not_depend_on_the_number_of_workers(
     assert torch.equal(checkpoint_of(here.folder).adapter_P, checkpoint_of(forked.folder).adapter_P)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_no_update_example_count_or_metric_of_a_site_is_on_the_wire_in_clear(
     make_secure_study: MakeStudy,
     study_file: StudyFile,
@@ -186,6 +188,7 @@ def test_no_update_example_count_or_metric_of_a_site_is_on_the_wire_in_clear(
     assert all(0 < line["loss"] < 10 for line in lines if line["event"] == "train")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_summed_scores_are_the_means_of_the_sites_scores(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:
@@ -197,6 +200,7 @@ def test_summed_scores_are_the_means_of_the_sites_scores(
         assert line["dice"] == pytest.approx(sum(single) / len(single), abs=1e-5)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("later", [None, "vote", "open_sum"])
 def test_survivors_are_summed_exactly_when_sites_drop_out(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, failing: Failing, later: str | None
@@ -215,6 +219,7 @@ def test_survivors_are_summed_exactly_when_sites_drop_out(
     assert float(difference_P.abs().max()) < 1e-5
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_site_that_drops_out_before_opening_is_in_the_sum(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, failing: Failing
 ) -> None:
@@ -232,6 +237,7 @@ def beyond_tolerance(failing: Failing, action: str, rounds: Iterable[int]) -> No
         failing.at("train", "north", rounds=rounds)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("action", ["advertise", "setup", "accept", "train"])
 def test_round_that_too_few_begin_is_given_up_and_the_run_can_be_resumed(
     make_secure_study: MakeStudy,
@@ -257,6 +263,7 @@ def training_of(folder: Path) -> list[tuple[str, int, str]]:
     return [(line["event"], line["round"], line["site"]) for line in lines]
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("action", ["vote", "open_sum"])
 def test_round_that_too_few_help_to_open_is_lost_and_the_study_goes_on(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, failing: Failing, action: str
@@ -272,6 +279,7 @@ def test_round_that_too_few_help_to_open_is_lost_and_the_study_goes_on(
     assert checkpoint_of(run.folder).round == 2
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_round_after_a_lost_one_trains(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, failing: Failing
 ) -> None:
@@ -280,6 +288,7 @@ def test_round_after_a_lost_one_trains(
     assert training_of(run.folder) == [("lost", 1, ALL_SITES), ("train", 2, ALL_SITES)]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_evaluation_that_is_lost_has_no_line_and_the_run_ends(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, failing: Failing
 ) -> None:
@@ -290,6 +299,7 @@ def test_evaluation_that_is_lost_has_no_line_and_the_run_ends(
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("action", ["vote", "open_sum"])
 def test_two_lost_rounds_in_a_row_end_the_run(
     make_secure_study: MakeStudy,
@@ -310,6 +320,7 @@ def test_two_lost_rounds_in_a_row_end_the_run(
     assert [line[:2] for line in training_of(folder)] == [("train", 1), ("lost", 2), ("lost", 3)]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_private_updates_are_charged_once_however_often_their_sum_is_tried(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, failing: Failing
 ) -> None:
@@ -323,6 +334,7 @@ def test_private_updates_are_charged_once_however_often_their_sum_is_tried(
         assert [one.charge.round for one in site.ledger.charges("federated")] == [1, 2]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_shared_noise_is_charged_before_a_vector_leaves_and_anew_for_another_try(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, failing: Failing
 ) -> None:
@@ -336,6 +348,7 @@ def test_shared_noise_is_charged_before_a_vector_leaves_and_anew_for_another_try
     assert {site.rounds for site in run.summary.privacy.sites.values()} == {3}
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_ledger_and_report_of_shared_noise_say_what_the_plan_says(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:
@@ -354,6 +367,7 @@ def test_ledger_and_report_of_shared_noise_say_what_the_plan_says(
     assert run.summary.privacy.warnings == (HELD_OUT,)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("scale", [1.0, 2 / 3, 3 / 2])
 def test_noise_of_the_released_sum_is_the_plans_and_no_other(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float
@@ -387,6 +401,7 @@ def test_noise_of_the_released_sum_is_the_plans_and_no_other(
         assert abs(deviations) > 5
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_site_masks_for_nobody_but_the_federation_of_all_sites(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:

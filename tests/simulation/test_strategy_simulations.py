@@ -53,6 +53,7 @@ def test_rule_that_trains_heads_alone_is_refused_where_there_are_none(
         simulate(study_file(make_study(strategy={"name": NO_HEADS})), out=tmp_path, workers=0)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("name", NAMES)
 def test_run_that_was_stopped_goes_on_to_the_same_state_bit_for_bit(
     make_study: MakeStudy, study_file: StudyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -94,6 +95,7 @@ def test_folds_and_memories_are_the_same_for_any_number_of_workers(
     assert here.summary.sites == forked.summary.sites
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "fedsa"])
 def test_exported_adapter_on_the_plain_backbone_computes_what_the_sites_evaluated(
     make_study: MakeStudy, study_file: StudyFile, tmp_path: Path, name: str
@@ -120,6 +122,7 @@ def test_exported_adapter_on_the_plain_backbone_computes_what_the_sites_evaluate
     assert float((after - before).abs().max()) > 1e-3
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("name", ["fedit", "fedsa", "twin-fresh", "fed-sb"])
 def test_masks_change_nothing_but_the_rounding(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, name: str
@@ -140,6 +143,7 @@ def test_masks_change_nothing_but_the_rounding(
     assert float(difference_P.abs().max()) > 0
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("name", SUM_ONLY)
 def test_privacy_at_each_site_composes_with_every_rule(
     make_private_study: MakeStudy, study_file: StudyFile, tmp_path: Path, name: str
@@ -153,6 +157,7 @@ def test_privacy_at_each_site_composes_with_every_rule(
     assert not torch.equal(checkpoint_of(run).adapter_P, initial_P)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("name", ["fedit", "ffa-lora", "alt-gauge", "twin-fresh", "fed-sb"])
 def test_shared_noise_composes_with_rules_whose_mean_change_is_all_that_travels(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path, name: str
@@ -181,6 +186,7 @@ def test_shared_noise_composes_with_rules_whose_mean_change_is_all_that_travels(
     assert folds == ({"fold-00001"} if name == "twin-fresh" else set())
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_update_that_is_too_long_is_refused_where_other_statistics_travel_with_it(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:
@@ -195,6 +201,7 @@ def test_update_that_is_too_long_is_refused_where_other_statistics_travel_with_i
     simulate(study_file(plain), out=tmp_path / "fedit", workers=0, baselines=False)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_sites_that_differ_leave_their_own_adapters(
     make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:

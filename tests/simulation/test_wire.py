@@ -42,6 +42,7 @@ def values_of(messages: list[Message]) -> Iterator[tuple[str, str | bytes]]:
             yield key, value
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_replies_hold_a_header_and_one_payload_and_name_no_patient_and_no_file(
     recorded: tuple[list[Message], list[Message]],
     make_study: Callable[..., StudyConfig],
@@ -68,6 +69,7 @@ def test_replies_hold_a_header_and_one_payload_and_name_no_patient_and_no_file(
             RoundReply.parse({"header": value})
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_instructions_hold_the_study_and_the_adapter_and_no_weights(
     recorded: tuple[list[Message], list[Message]],
     make_study: Callable[..., StudyConfig],

@@ -79,6 +79,7 @@ def test_every_round_is_seen_from_another_side() -> None:
     assert all(float(one[layer]) != float(two[layer]) for layer in one)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("masked", [False, True])
 def test_run_with_a_probe_writes_it_down_and_ends_as_without(
     make_secure_study: Callable[..., StudyConfig],

@@ -339,6 +339,7 @@ def test_heads_are_the_backbones_and_nothing_that_is_called_alike() -> None:
     assert norms_of(manifest) == frozenset()  # a head for a target called norm is none
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "parts",

@@ -255,6 +255,7 @@ def test_strategy_shrinks_the_mean_change_before_the_server_steps(noised: Callab
     assert all(torch.equal(plain[name], state.adapter[name] + 0.5 * change[name]) for name in change)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_run_with_noise_far_above_the_signal_learns_nothing_and_is_not_moved_by_it(
     noised: Callable[..., StudyConfig], study_file: Callable[[StudyConfig], Path], tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def test_saved_weights_come_back_through_peft(make_study: MakeStudy, tmp_path: P
         torch.testing.assert_close(loaded(image, box, owner), model.backbone(image, box, owner))
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("trust", [None, "site"])
 def test_layers_train_in_full_with_and_without_privacy(
     make_study: MakeStudy,

@@ -45,6 +45,7 @@ def trained_in(run: Run, round_number: int) -> list[str]:
     ]
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.process
 def test_training_goes_on_without_sites_that_are_away_or_late_and_the_same_for_any_number_of_workers(
     make_study: MakeStudy, study_file: StudyFile, tmp_path: Path
@@ -129,6 +130,7 @@ def test_pooled_data_follows_every_scanner_that_is_replaced(make_study: MakeStud
     assert pooled.manifests_in(3) == (drifted(north), south, drifted(west))
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.process
 def test_replaced_scanner_changes_training_from_its_round_on_and_not_before(
     make_study: MakeStudy, study_file: StudyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -163,6 +165,7 @@ def _paint_over(folder: Path) -> None:
         nibabel.save(nibabel.Nifti1Image(blurred.astype(np.float32), np.eye(4)), path)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.slow
 def test_site_that_is_away_or_late_drops_out_of_a_secure_sum_which_is_opened_without_it(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path
@@ -180,6 +183,7 @@ def test_site_that_is_away_or_late_drops_out_of_a_secure_sum_which_is_opened_wit
         assert line["num_sites"] == 5 - sum(key[0] == number for key in missing)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.slow
 def test_late_site_pays_for_its_round_and_a_site_that_is_away_does_not(
     make_private_study: MakeStudy, study_file: StudyFile, tmp_path: Path
