@@ -151,6 +151,7 @@ def plan_study(study: StudyConfig, *, possible_rounds: int | None = None) -> Stu
     """
     study = calibrated(study)
     quorum = study.secure_quorum if study.sums_securely else None
+    traffic = _traffic(study)  # first: whether messages can hold it is known at once, what noise costs is not
     privacy, warnings = study.privacy, _warnings(study, quorum)
     modes: tuple[NoiseMode, ...] = ()
     recommended: Shared | None = None
@@ -176,7 +177,7 @@ def plan_study(study: StudyConfig, *, possible_rounds: int | None = None) -> Stu
         delta=privacy.delta if privacy is not None and modes else None,
         quorum=None if quorum is None else _shown(quorum),
         modes=modes,
-        traffic=_traffic(study),
+        traffic=traffic,
         recommended=recommended,
         reason=reason,
         warnings=warnings,

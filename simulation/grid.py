@@ -175,7 +175,7 @@ class InProcessGrid(Grid):
             ValueError: a message is for an unknown node; no message of this call has started.
             MedfedError: the grid is closed, or workers cannot be forked here.
         """
-        errands = self._accept(messages)
+        errands = [_Errand(message) for message in self._accept(messages)]
         with self._lock:
             self._pushed.update({errand.message.metadata.message_id: errand for errand in errands})
         if self._num_workers:
@@ -195,9 +195,9 @@ class InProcessGrid(Grid):
                 if errand is None or (self._num_workers and not errand.reply.done()):
                     continue
                 del self._pushed[message_id]
-            if not self._num_workers:
-                self._run_here(errand, deadline_s=None)
-            replies.append(errand.reply.result())
+            reply = errand.reply.result() if self._num_workers else self._run_here(errand.message, deadline_s=None)
+            assert reply is not None  # without a deadline none is late
+            replies.append(reply)
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -222,14 +222,14 @@ class InProcessGrid(Grid):
         """
         self.start()
         deadline_s = None if timeout is None else time.monotonic() + timeout
-        errands = self._accept(messages)
-        if self._num_workers:
-            self._hand_to_workers(errands)
-            wait([errand.reply for errand in errands], timeout=_seconds_until(deadline_s))
-            self._refuse_if_closed()  # closed meanwhile: what is missing was not late, it was given up
-        else:
-            for errand in errands:
-                self._run_here(errand, deadline_s=deadline_s)
+        accepted = self._accept(messages)
+        if not self._num_workers:
+            replies = [self._run_here(message, deadline_s=deadline_s) for message in accepted]
+            return [reply for reply in replies if reply is not None]
+        errands = [_Errand(message) for message in accepted]
+        self._hand_to_workers(errands)
+        wait([errand.reply for errand in errands], timeout=_seconds_until(deadline_s))
+        self._refuse_if_closed()  # closed meanwhile: what is missing was not late, it was given up
         for errand in errands:
             errand.reply.cancel()  # has an effect on those that have not started
         return [e.reply.result() for e in errands if e.reply.done() and not e.reply.cancelled()]
@@ -329,30 +329,32 @@ class InProcessGrid(Grid):
 
     # -- A message's path --------------------------------------------------------------------------------
 
-    def _accept(self, messages: Iterable[Message]) -> list[_Errand]:
-        """Return errands for copies of ``messages``, so that senders may change theirs at once."""
+    def _accept(self, messages: Iterable[Message]) -> list[Message]:
+        """Return numbered copies of ``messages``, so that senders may change theirs at once."""
         self._refuse_if_closed()
-        errands = []
+        accepted = []
         for message in messages:
             self._node(message.metadata.dst_node_id)
             self._number(message, run_id=self._run.run_id)
-            errands.append(_Errand(isolated(message)))
-        return errands
+            accepted.append(isolated(message))
+        return accepted
 
-    def _run_here(self, errand: _Errand, *, deadline_s: float | None) -> None:
-        """Run the errand in this thread; past the deadline, do not run it, or leave its reply cancelled."""
-        node = self._node(errand.message.metadata.dst_node_id)
+    def _run_here(self, message: Message, *, deadline_s: float | None) -> Message | None:
+        """Return the reply to the message, run in this thread; past the deadline do not run it, or drop the reply."""
+        node = self._node(message.metadata.dst_node_id)
         patience_s = _seconds_until(deadline_s)
         if not node.turn.acquire(timeout=-1 if patience_s is None else patience_s):
-            return
+            return None
         try:
             if deadline_s is not None and time.monotonic() >= deadline_s:
-                return
-            reply, node.state = self._answer(errand.message, node.state)
+                return None
+            reply, node.state = self._answer(message, node.state)
         finally:
             node.turn.release()
-        if deadline_s is None or time.monotonic() <= deadline_s:
-            self._deliver(reply, errand)
+        if deadline_s is not None and time.monotonic() > deadline_s:
+            return None
+        self._announce(reply, run_id=message.metadata.run_id)
+        return reply
 
     def _hand_to_workers(self, errands: list[_Errand]) -> None:
         self.start()
@@ -391,17 +393,18 @@ class InProcessGrid(Grid):
         except BaseException as failure:  # ours (a fork refused, a bug): for the sender to see, not this thread
             errand.reply.set_exception(failure)
             return
-        self._deliver(reply, errand)
+        self._announce(reply, run_id=errand.message.metadata.run_id)
+        errand.reply.set_result(reply)
 
     def _number(self, message: Message, *, run_id: int) -> None:
         """Give the message the next id of this grid."""
         stamp(message, message_id=str(next(self._message_ids)), run_id=run_id)
 
-    def _deliver(self, reply: Message, errand: _Errand) -> None:
-        self._number(reply, run_id=errand.message.metadata.run_id)
+    def _announce(self, reply: Message, *, run_id: int) -> None:
+        """Number a reply, and tell of it."""
+        self._number(reply, run_id=run_id)
         if self._on_reply is not None:
             self._on_reply(reply)
-        errand.reply.set_result(reply)
 
     def _answer_in_worker(self, request: _Work) -> _Work:
         message, state = request

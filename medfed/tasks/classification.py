@@ -35,7 +35,8 @@ class ClassificationTask(Task):
 
     def collate(self, annotations: Sequence[Mapping[str, int]], device: torch.device) -> dict[str, Tensor]:
         """Class indices of each target, shape (B,)."""
-        return {name: torch.tensor([a[name] for a in annotations], device=device) for name in self.targets}
+        classes = {name: np.array([a[name] for a in annotations], dtype=np.int64) for name in self.targets}
+        return {name: torch.from_numpy(indices).to(device) for name, indices in classes.items()}
 
     def losses(self, model: AdaptedModel, features: Tensor, target: Mapping[str, Tensor]) -> Tensor:
         """Per image, the sum over targets of the cross-entropy."""
