@@ -24,7 +24,7 @@ def approved_study(instruction: RoundInstruction, fields: Fields, site: Site) ->
     study = _known_study(bytes_field(fields, "study"), instruction.study_digest)
     if instruction.round > study.rounds.num_rounds:
         raise MessageError(f"Expected a round in 0..{study.rounds.num_rounds}, got {instruction.round}.")
-    if site.name not in (*study.site_names, POOLED_SITE):
+    if site.name not in study.site_names and site.name != POOLED_SITE:
         raise StudyError(f"Expected a study with site {site.name!r}, got sites {', '.join(study.site_names)}.")
     site.cohort_name(instruction.scope)
     site.policy.check_study(study)

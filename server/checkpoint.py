@@ -121,7 +121,7 @@ def _require_known(tensors: Iterable[str]) -> None:
 
 
 def _joined(lines: Iterable[str]) -> str:
-    return "".join(f"{line}\n" for line in lines)
+    return "\n".join((*lines, ""))
 
 
 def read_checkpoint(folder: Path, manifest: AdapterManifest, *, study_digest: str, scope: str) -> Checkpoint | None:
