@@ -75,7 +75,6 @@ class _Header(BaseModel):
             where = told(".".join(map(str, first["loc"])))
             raise MessageError(f"Expected a valid {cls.__name__}, got {where or 'header'}: {first['msg']}.") from None
 
-
     @classmethod
     @lru_cache(maxsize=1)  # all virtual sites of a process are sent the same header
     def _read(cls, header: str) -> Self:
