@@ -284,11 +284,10 @@ class Site:
             DataError: if it breaks a rule.
         """
         whole = (study.model_digest, pixels.digest, self.manifests, None)
-        cohort = self._cohorts.get(whole)
-        if cohort is None:
-            cohort = self._cohorts[whole] = load_cohort(self.name, self.manifests, study.task, pixels)
+        if whole not in self._cohorts:
+            self._cohorts[whole] = load_cohort(self.name, self.manifests, study.task, pixels)
         if self._few is None:
-            return cohort
+            return self._cohorts[whole]
         key = (*whole[:3], self._few)
         if key not in self._cohorts:
             self._cohorts[key] = training_on(self._cohorts[whole], self._few_of_each(self._few, study))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from functools import lru_cache
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -69,16 +68,11 @@ class _Header(BaseModel):
         if not isinstance(header, str):
             raise MessageError(f"Expected a text header for {cls.__name__}, got {type(header).__name__}.")
         try:
-            return cls._read(header)
+            return cls.model_validate_json(header)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = told(".".join(map(str, first["loc"])))
             raise MessageError(f"Expected a valid {cls.__name__}, got {where or 'header'}: {first['msg']}.") from None
-
-    @classmethod
-    @lru_cache(maxsize=1)  # all virtual sites of a process are sent the same header
-    def _read(cls, header: str) -> Self:
-        return cls.model_validate_json(header)
 
 
 class RoundInstruction(_Header):

@@ -292,8 +292,6 @@ def adapted_model(study: StudyConfig, device: torch.device) -> AdaptedModel:
         WeightsError: if the weights are missing or not the ones the study names.
     """
     key = (study.model_digest, str(device))
-    if (loaded := _loaded.get(key)) is not None:
-        return loaded
     with _loading:
         if key not in _loaded:
             for other in [other for other in _loaded if other[0] != study.model_digest]:

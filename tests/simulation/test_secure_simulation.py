@@ -348,7 +348,6 @@ def test_shared_noise_is_charged_before_a_vector_leaves_and_anew_for_another_try
     assert {site.rounds for site in run.summary.privacy.sites.values()} == {3}
 
 
-@pytest.mark.usefixtures("without_pictures")
 def test_ledger_and_report_of_shared_noise_say_what_the_plan_says(
     make_secure_study: MakeStudy, study_file: StudyFile, tmp_path: Path
 ) -> None:
